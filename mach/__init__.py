@@ -1,0 +1,61 @@
+"""mach: classification over millions of labels with hashed ensembles of small classifiers (MACH) and full heads.
+
+config = mach.Config(buckets=256, repetitions=8)
+model = mach.train(config, mach.Dataset.open("data"))
+model.predict_topk(["Nueva York"], k=5)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Config": "mach.config",
+    "ConfigError": "mach.errors",
+    "DataError": "mach.errors",
+    "Dataset": "mach.data",
+    "LabelTable": "mach.hashing",
+    "MachError": "mach.errors",
+    "Model": "mach.model",
+    "ModelError": "mach.errors",
+    "TopK": "mach.decoding",
+    "load": "mach.store",
+    "load_config": "mach.config",
+    "prepare": "mach.data",
+    "train": "mach.parallel",
+    "write_dataset": "mach.data",
+}
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from mach.config import Config as Config
+    from mach.config import load_config as load_config
+    from mach.data import Dataset as Dataset
+    from mach.data import prepare as prepare
+    from mach.data import write_dataset as write_dataset
+    from mach.decoding import TopK as TopK
+    from mach.errors import ConfigError as ConfigError
+    from mach.errors import DataError as DataError
+    from mach.errors import MachError as MachError
+    from mach.errors import ModelError as ModelError
+    from mach.hashing import LabelTable as LabelTable
+    from mach.model import Model as Model
+    from mach.parallel import train as train
+    from mach.store import load as load
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import mach` alone loads nothing heavy."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'mach' has no attribute '{name}'")
+    import importlib
+
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

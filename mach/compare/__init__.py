@@ -1,0 +1,1 @@
+"""One data set, several configurations: measured alike, shown in one table and one report."""

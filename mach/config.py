@@ -1,0 +1,142 @@
+"""The settings of a run: one frozen object for the library, the command line and the experiments.
+
+A key of the TOML file, a field here and a flag of `mach train` bear one name (`batch_size`, `--batch-size`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mach.errors import ConfigError, nearest
+
+TableKind = Literal["hashed", "identity"]
+Family = Literal["carter-wegman", "multiply-shift", "xxhash"]
+Loss = Literal["logistic", "softmax", "squared-hinge"]
+Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
+AUTO = "auto"
+
+
+def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that decides a repetition's weights, apart from the data. Checked where it is made.
+
+    Raises: ConfigError naming the field, its value and the allowed range.
+    """
+
+    table: TableKind = _setting("hashed", "hashed: R small heads of B buckets; identity: one full head of K outputs")
+    family: Family = _setting("carter-wegman", "universal family that hashes label ids (xxhash: label names)")
+    buckets: int | Literal["auto"] = _setting(AUTO, "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K)", 2)
+    repetitions: int = _setting(8, "R, independent repetitions", 1)
+    seed: int = _setting(0, "seed of the hashes, the initial weights and the order of the data", 0, 2**63 - 1)
+
+    hidden: int = _setting(512, "D, width of the hidden vector", 1)
+    layers: int = _setting(0, "residual layers of width D after the input layer", 0, 64)
+    dropout: float = _setting(0.2, "share of the hidden vector dropped while training", 0, 0.99)
+    normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
+
+    loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
+    epochs: int = _setting(15, "passes over the training samples", 1)
+    batch_size: int = _setting(256, "samples a step", 1)
+    learning_rate: float = _setting(2e-3, "peak step size of AdamW, after the warm-up", 0)
+    input_learning_rate: float = _setting(3e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)
+    weight_decay: float = _setting(0.0, "decoupled weight decay of AdamW, a step", 0)
+    warmup: float = _setting(0.05, "share of the steps over which the step size rises; after it falls as a cosine", 0, 1)
+
+    validation: float = _setting(0.0, "share of the training samples held out when the data set has no dev split", 0, 0.9)
+    patience: int = _setting(0, "stop a repetition after so many epochs without a better validation P@1; 0: never", 0)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name), hints[f.name], f.metadata["low"], f.metadata["high"])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Config:
+        """Build a config from plain values; an unknown key is refused with the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{where}: unknown key '{key}'{nearest(key, known)} (known: {', '.join(known)})")
+        settings: dict[str, Any] = {k: v.replace("_", "-") if isinstance(v, str) else v for k, v in values.items()}
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give every setting as a plain value that TOML and JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Config:
+        """Give a copy with some settings changed, checked again."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def n_buckets(self, n_labels: int) -> int:
+        """Resolve B for K labels: K for the identity table, the power of two nearest to 8 sqrt(K) for `auto`.
+
+        Raises: ConfigError if B exceeds K.
+        """
+        if self.table == "identity":
+            return n_labels
+        if self.buckets == AUTO:
+            return max(2, min(n_labels, 1 << round(math.log2(8 * math.sqrt(n_labels)))))
+        buckets = int(self.buckets)
+        if buckets > n_labels:
+            raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
+        return buckets
+
+    def n_repetitions(self) -> int:
+        """Resolve R: 1 for the identity table, which is the full head."""
+        return 1 if self.table == "identity" else self.repetitions
+
+
+def _check(name: str, value: Any, hint: Any, low: float | None, high: float | None) -> None:
+    """Raise ConfigError unless the value is of the hinted type and in [low, high]."""
+    options = [a for h in (get_args(hint) if get_origin(hint) is not Literal else (hint,)) for a in get_args(h)]
+    if isinstance(value, str):
+        if value not in options:
+            allowed = f"one of {', '.join(map(repr, options))}" if options else f"a {getattr(hint, '__name__', hint)}"
+            raise ConfigError(f"{name}={value!r} must be {allowed}{nearest(value, options)}")
+        return
+    kinds = tuple(t for t in (hint, *get_args(hint)) if t in (bool, int, float))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits_number = is_number and (float in kinds or (int in kinds and isinstance(value, int)))
+    fits = fits_number or (bool in kinds and isinstance(value, bool))
+    if not fits:
+        wanted = " or ".join([t.__name__ for t in kinds] + [repr(o) for o in options])
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
+    if is_number and not (math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)):
+        raise ConfigError(f"{name}={value!r} must lie in [{low}, {'inf' if high is None else high}]")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file into plain values.
+
+    Raises: ConfigError naming the file if it is missing or not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config from a TOML file whose keys are the fields of `Config`."""
+    return Config.from_dict(read_toml(path), where=str(path))
+
+
+def dump_toml(config: Config) -> str:
+    """Give the config as TOML text that `load_config` reads back to an equal object."""
+    import tomli_w
+
+    return tomli_w.dumps(config.to_dict())

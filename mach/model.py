@@ -1,0 +1,236 @@
+"""START READING HERE: input layer, MLP, head and label table meet here and nowhere else.
+
+    x -> input (N, R, D) -> mlp (R, N, D) -> head (N, R, B) -> decoding with the label table -> the k best of K labels
+
+`Packed` holds R repetitions side by side on one device and trains them; `Model` holds trained ones and predicts with them.
+The full softmax head is the same thing with the identity table: R = 1, B = K.
+
+Axes: N samples, F features, R repetitions, B buckets, D hidden width, K labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from mach.config import Config, Estimator
+from mach.data import CSR, TextVectorizer, take_rows
+from mach.decoding import TopK, decode_topk
+from mach.encoders import MLP, DenseBatch, SparseBatch, input_for, make_batch
+from mach.errors import ConfigError, DataError, ModelError
+from mach.hashing import LabelTable
+from mach.heads import LinearHead, Positives
+
+INPUT = "input.weight"
+INPUT_SCALE = 0.1  # standard deviation of the initial input weights
+SCORE_BYTES = 64 << 20  # of the bucket scores held at once while predicting
+DEFAULT_ESTIMATOR: Estimator = "logits"
+
+Batch = SparseBatch | DenseBatch
+Features = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What the data decides about a model."""
+
+    n_features: int  # F
+    n_labels: int  # K
+    n_buckets: int  # B
+    features: Features
+
+
+def initial_parameters(config: Config, sizes: Sizes, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Draw one repetition's weights, in a fixed order, from its own generator: normal, scaled by the fan-in; biases zero."""
+    F, B, D = sizes.n_features, sizes.n_buckets, config.hidden
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).to(dtype)
+
+    parameters = {INPUT: normal(F, D, scale=INPUT_SCALE), "input.bias": torch.zeros(D, dtype=dtype)}
+    for i in range(config.layers):
+        parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
+        parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
+    return {**parameters, "head.weight": normal(B, D, scale=1 / math.sqrt(D)), "head.bias": torch.zeros(B, dtype=dtype)}
+
+
+def _axis(name: str) -> int:
+    """Give the axis of the repetitions in a packed parameter: rows of the input hold all repetitions side by side."""
+    return 1 if name == INPUT else 0
+
+
+class Packed:
+    """R repetitions on one device: their parameters with an axis R, as one set of layers."""
+
+    def __init__(self, parameters: dict[str, Tensor], *, config: Config, features: Features):
+        self.parameters, self.config, self.features = parameters, config, features
+        self.input = input_for(features, parameters[INPUT])
+        self.mlp = MLP(parameters)
+        self.head = LinearHead(parameters["head.weight"], parameters["head.bias"])
+
+    @classmethod
+    def join(
+        cls, each: Iterator[Mapping[str, Tensor]], n: int, *, config: Config, features: Features, device: torch.device
+    ) -> Packed:
+        """Pack n repetitions, one at a time, so that at most one is held twice."""
+        packed: dict[str, Tensor] = {}
+        for r, parameters in enumerate(each):
+            for name, value in parameters.items():
+                if name not in packed:
+                    shape = list(value.shape)
+                    shape.insert(_axis(name), n)
+                    packed[name] = torch.empty(shape, dtype=value.dtype, device=device)
+                packed[name].select(_axis(name), r).copy_(value)
+        return cls(packed, config=config, features=features)
+
+    @classmethod
+    def single(cls, parameters: Mapping[str, Tensor], *, config: Config, features: Features) -> Packed:
+        """Take one repetition as it is, without a copy: its weights may be views of a file."""
+        return cls({name: value.unsqueeze(_axis(name)) for name, value in parameters.items()}, config=config, features=features)
+
+    def repetition(self, r: int) -> dict[str, Tensor]:
+        """Give a copy of the parameters of the r-th packed repetition, on the CPU."""
+        return {name: value.select(_axis(name), r).contiguous().cpu() for name, value in self.parameters.items()}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Give the outputs of every head, shape (N, R, B)."""
+        with torch.no_grad():
+            return self.head.logits(self.mlp.forward(self.input.forward(batch)))  # type: ignore[arg-type]
+
+    def step(
+        self,
+        batch: Batch,
+        positives: Positives,
+        *,
+        update: Callable[[str, slice, Tensor], None],
+        update_rows: Callable[[Tensor | None, Tensor], None],
+        drop: Callable[[Tensor], Tensor] | None,
+        want_loss: bool,
+    ) -> Tensor | None:
+        """Take one optimisation step; give the loss of each repetition (R,), in nats a sample, if wanted.
+
+        The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; autograd carries it
+        through the MLP; the input layer turns what arrives into gradients of the rows that the batch touched.
+        """
+        learnt = [name for name in self.parameters if name != INPUT and not name.startswith("head.")]
+        with torch.no_grad():
+            z = self.input.forward(batch)  # type: ignore[arg-type]
+        leaves = [self.parameters[name].requires_grad_() for name in learnt]
+        z.requires_grad_()
+        hidden = self.mlp.forward(z, drop)
+        with torch.no_grad():
+            grad_hidden, loss = self.head.step(
+                hidden.detach(), positives, loss=self.config.loss, update=update, want_loss=want_loss
+            )
+        grads = torch.autograd.grad(hidden, [z, *leaves], grad_hidden)
+        with torch.no_grad():
+            for name, gradient in zip(learnt, grads[1:], strict=True):
+                self.parameters[name].requires_grad_(False)
+                update(name, slice(None), gradient)
+            for rows, gradient in self.input.gradient(batch, grads[0]):  # type: ignore[arg-type]
+                update_rows(rows, gradient)
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Trained repetitions and what is needed to ask them: any subset of an ensemble's repetitions decodes."""
+
+    config: Config
+    sizes: Sizes
+    table: LabelTable  # of the repetitions held, in their order
+    repetitions: Sequence[Packed]  # one each
+    device: torch.device
+    vectorizer: TextVectorizer | None = None
+    label_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.repetitions) != self.table.n_repetitions:
+            raise ModelError(f"{len(self.repetitions)} repetitions do not fit a table of {self.table.n_repetitions}")
+
+    def select(self, repetitions: Sequence[int]) -> Model:
+        """Give the model of a subset of the repetitions, by their numbers.
+
+        Raises: ConfigError if one of them is not held.
+        """
+        table = self.table.select(repetitions)
+        held = dict(zip(self.table.repetitions, self.repetitions, strict=True))
+        return replace(self, table=table, repetitions=[held[r] for r in table.repetitions])
+
+    def bucket_logits(self, features: CSR | np.ndarray) -> np.ndarray:
+        """Give the raw outputs of every head, float32 (N, R, B): 4 N R B bytes, so callers take few rows at a time."""
+        batch = make_batch(features, normalize=self.config.normalize, device=self.device)
+        out = np.empty((len(batch), len(self.repetitions), self.sizes.n_buckets), np.float32)
+        for r, packed in enumerate(self.repetitions):
+            out[:, r] = packed.logits(batch)[:, 0].cpu().numpy()
+        return out
+
+    def predict_topk(self, X: Any, k: int = 5, *, estimator: Estimator = DEFAULT_ESTIMATOR) -> TopK:
+        """Give the k best labels of each sample, best first, ties by the smaller label id.
+
+        Args:    X, N samples: scipy sparse or numpy (N, F), `mach.data.CSR`, or texts if the model was trained on text.
+                 estimator, how a label's score is made of its buckets' (`mach.decoding`).
+        Returns: TopK(labels int64 (N, k), scores float32 (N, k)).
+        Raises:  ConfigError if k is outside [1, K]; DataError if X has another number of features, or is text and the
+                 model was not trained on text.
+        """
+        features = self.features_of(X)
+        parts = [
+            decode_topk(self.bucket_logits(rows), self.table, k, loss=self.config.loss, estimator=estimator)
+            for rows in self.row_chunks(features)
+        ]
+        return TopK(np.concatenate([p.labels for p in parts]), np.concatenate([p.scores for p in parts]))
+
+    def row_chunks(self, features: CSR | np.ndarray) -> Iterator[CSR | np.ndarray]:
+        """Cut samples into runs whose bucket scores take at most 64 MiB; at least one run, perhaps empty."""
+        n = max(1, SCORE_BYTES // (4 * len(self.repetitions) * self.sizes.n_buckets))
+        for start in range(0, max(1, len(features)), n):
+            rows = np.arange(start, min(start + n, len(features)))
+            yield features[rows] if isinstance(features, np.ndarray) else take_rows(features, rows)
+
+    def features_of(self, X: Any) -> CSR | np.ndarray:
+        """Turn what a user holds into features of the model's kind; see `predict_topk`."""
+        if _is_text(X):
+            if self.vectorizer is None:
+                raise DataError("the model was trained on features, not on text: give a matrix of features")
+            return self.vectorizer.transform([X] if isinstance(X, str) else list(X))
+        if self.sizes.features == "dense":
+            found: CSR | np.ndarray = np.asarray(sp.csr_array(X).toarray() if sp.issparse(X) else X, dtype=np.float32)
+        else:
+            found = X if isinstance(X, CSR) else CSR.from_scipy(X)
+        width = found.n_columns if isinstance(found, CSR) else found.shape[-1]
+        if width != self.sizes.n_features:
+            raise DataError(f"the samples have {width} features, the model was trained on {self.sizes.n_features}")
+        return found
+
+    def name_of(self, label: int) -> str:
+        """Give a label's name, or its id if labels are only numbers."""
+        return str(label) if self.label_names is None else self.label_names[label]
+
+
+def _is_text(X: Any) -> bool:
+    return isinstance(X, str) or (isinstance(X, Sequence) and len(X) > 0 and isinstance(X[0], str))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Give the device for `auto` (a GPU if there is one), `cpu` or `cuda:i`.
+
+    Raises: ConfigError if the name is none of these, or there is no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not index.isdigit():
+        raise ConfigError(f"device={name!r} must be 'auto', 'cpu' or 'cuda:i'")
+    if int(index) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)

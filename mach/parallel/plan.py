@@ -1,0 +1,39 @@
+"""Which repetitions are trained together: pure functions of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
+
+from mach.config import Config
+from mach.hashing.bounds import encoder_parameters, head_parameters
+from mach.model import Sizes
+
+
+def plan_groups(
+    wanted: Iterable[int], *, finished: Collection[int], underway: Sequence[Sequence[int]], n_workers: int, group_size: int
+) -> list[tuple[int, ...]]:
+    """Cut the repetitions still to train into groups: those under way as they were begun, the rest in equal runs.
+
+    Args:    underway, the groups that left a checkpoint; group_size, the most that fit on a device together.
+    Returns: groups of wanted, unfinished repetitions, each once; the new ones differ by one in size at most.
+    """
+    left = [r for r in dict.fromkeys(wanted) if r not in finished]
+    begun = [tuple(group) for group in underway if group and set(group) <= set(left)]
+    taken = {r for group in begun for r in group}
+    new = [r for r in left if r not in taken]
+    n_groups = max(min(n_workers, len(new)), -(-len(new) // max(1, group_size)))
+    cuts = [i * len(new) // max(1, n_groups) for i in range(n_groups + 1)]
+    return begun + [tuple(new[a:b]) for a, b in pairwise(cuts)]
+
+
+def repetition_bytes(config: Config, sizes: Sizes) -> int:
+    """Give the bytes that training one repetition takes: float32 weights, two moments of all but the input layer's rows."""
+    input_bytes = 4 * sizes.n_features * (config.hidden + 1)
+    rest = encoder_parameters(0, config.hidden, config.layers) + head_parameters(sizes.n_buckets, config.hidden)
+    return input_bytes + 3 * 4 * rest
+
+
+def group_size(config: Config, sizes: Sizes, *, memory_bytes: int, n_workers: int) -> int:
+    """Give how many repetitions a worker may hold at once, using half of its share of the memory; at least one."""
+    return max(1, memory_bytes // 2 // max(1, n_workers) // repetition_bytes(config, sizes))

@@ -1,0 +1,138 @@
+"""Train an ensemble: plan its groups and let joblib run them over the devices there are."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import joblib
+import torch
+
+from mach.config import Config
+from mach.data import Dataset
+from mach.errors import ConfigError, ModelError
+from mach.model import Model, resolve_device
+from mach.parallel.plan import group_size, plan_groups
+from mach.parallel.progress import Watch
+from mach.store.folder import Run
+from mach.train.checkpoint import FOLDER, group_name, read_progress
+from mach.train.group import Job, log_path, train_group
+
+CHECKPOINT_S = 120.0
+Say = Callable[[str], None]
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    out: str | Path | None = None,
+    *,
+    repetitions: Sequence[int] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    resume: bool = False,
+    checkpoint_s: float = CHECKPOINT_S,
+    tensorboard: bool = False,
+    progress: bool = False,
+) -> Model:
+    """Train an ensemble, or some of its repetitions, into a run folder, and load it.
+
+    Repetitions that are finished there stay as they are, so an ensemble grows, and a lost repetition is trained alone.
+
+    Args:    out, the run folder; without it, a temporary one that lives as long as the model.
+             repetitions, their numbers; without them 0..R-1 of the config.
+             device, `auto` (every GPU, or the CPU), `cpu` or `cuda:i`; workers, processes (default: one a GPU, or one).
+             resume, go on from the checkpoints of a run that was stopped: same bits as if it never had been.
+             checkpoint_s, seconds between checkpoints; progress, bars on the terminal.
+    Raises:  ConfigError, DataError or ModelError: what came, what is allowed, what to do.
+    """
+    wanted = _wanted(config, repetitions)
+    folder, temporary = (Path(out), None) if out is not None else _temporary()
+    run = Run.create(folder, config, dataset)
+    devices = _devices(device)
+    n_workers = workers or len(devices)
+    if n_workers < 1:
+        raise ConfigError(f"workers={workers} must be at least 1")
+    begun = _underway(run, wanted, resume)
+    groups = plan_groups(
+        wanted,
+        finished=run.finished(),
+        underway=begun,
+        n_workers=n_workers,
+        group_size=group_size(config, run.sizes, memory_bytes=_memory(devices[0]), n_workers=-(-n_workers // len(devices))),
+    )
+    jobs = [
+        Job(
+            run=run.path.resolve(),
+            data=dataset.path.resolve(),
+            repetitions=group,
+            device=devices[i % len(devices)],
+            threads=max(1, (os.cpu_count() or 1) // n_workers) if n_workers > 1 else 0,
+            checkpoint_s=checkpoint_s,
+            tensorboard=tensorboard,
+        )
+        for i, group in enumerate(groups)
+    ]
+    _run(jobs, n_workers, progress)
+    model = run.load(wanted, device=devices[0])
+    if temporary is not None:
+        weakref.finalize(model, temporary.cleanup)
+    return model
+
+
+def _run(jobs: Sequence[Job], n_workers: int, progress: bool) -> None:
+    """Run the jobs, in this process if one worker does them all."""
+    logs = {group_name(job.repetitions): log_path(job.run, job.repetitions) for job in jobs}
+    with Watch(logs, shown=progress):
+        if n_workers == 1:
+            for job in jobs:
+                train_group(job)
+        else:
+            joblib.Parallel(n_jobs=n_workers, backend="loky")(joblib.delayed(train_group)(job) for job in jobs)
+
+
+def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:
+    wanted = list(range(config.n_repetitions())) if repetitions is None else list(repetitions)
+    if not wanted or min(wanted) < 0:
+        raise ConfigError(f"repetitions={wanted} must be numbers from 0 on, at least one")
+    if config.table == "identity" and wanted != [0]:
+        raise ConfigError(f"repetitions={wanted}: the full head (table='identity') has one repetition, number 0")
+    return wanted
+
+
+def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
+    """Give the groups that left checkpoints; refuse to pass over their work silently."""
+    finished = set(run.finished())
+    found = [read_progress(file)["repetitions"] for file in sorted((run.path / FOLDER).glob("group-*.safetensors"))]
+    begun = [group for group in found if set(group) & set(wanted) and not set(group) <= finished]
+    if begun and not resume:
+        names = ", ".join(map(group_name, begun))
+        raise ModelError(f"{run.path}: repetitions {names} are under way here; add --resume to go on, or choose another --out")
+    partial = [group for group in begun if not set(group) <= set(wanted)]
+    if partial:
+        raise ModelError(
+            f"{run.path}: repetitions {group_name(partial[0])} were begun together; resume all of them, or delete "
+            f"{run.path / FOLDER} to start them again"
+        )
+    return begun
+
+
+def _devices(name: str) -> list[str]:
+    """Give the devices that a name stands for: every GPU for `auto`, where there are any."""
+    n_gpus = torch.cuda.device_count()
+    return [f"cuda:{i}" for i in range(n_gpus)] if name == "auto" and n_gpus else [str(resolve_device(name))]
+
+
+def _memory(device: str) -> int:
+    """Give the bytes of memory of a device."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _temporary() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    folder = tempfile.TemporaryDirectory(prefix="mach-")
+    return Path(folder.name), folder

@@ -1,0 +1,5 @@
+"""What is kept on disk of a trained model: one folder a run, one file a repetition."""
+
+from mach.store.folder import Run, load
+
+__all__ = ["Run", "load"]

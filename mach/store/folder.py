@@ -1,0 +1,346 @@
+"""The run folder: a manifest, one safetensors file a repetition, and what is needed to ask it raw text by name.
+
+    manifest.json                  format number, config, sizes, label table, data fingerprint, versions, checksums
+    repetition-003.safetensors     the weights of repetition 3
+    repetition-003.json            its size, checksum, seconds and validation figures; written last: with it, it is finished
+    label_names_*.npy  vectorizer/ as in the data set it was trained on
+    checkpoints/  logs/            of work under way (mach.train)
+
+Repetitions share nothing: files trained on other machines by the same config and data are copied in beside these, and decode
+as one model. The manifest holds nothing that differs between such machines but the versions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mach.config import Config
+from mach.data import Dataset, TextVectorizer
+from mach.data.strings import Strings
+from mach.errors import ConfigError, ModelError
+from mach.files import atomic, checksum, read_json, write_json
+from mach.hashing import LabelTable
+from mach.model import Model, Packed, Sizes
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def sizes_of(config: Config, dataset: Dataset) -> Sizes:
+    """Give the sizes of a model of this config over a data set.
+
+    Raises: ConfigError if B exceeds K.
+    """
+    dense = isinstance(dataset.split(dataset.split_names[0]).features, np.ndarray)
+    return Sizes(
+        n_features=dataset.n_features,
+        n_labels=dataset.n_labels,
+        n_buckets=config.n_buckets(dataset.n_labels),
+        features="dense" if dense else "sparse",
+    )
+
+
+def table_of(config: Config, sizes: Sizes, repetitions: Sequence[int], label_names: Sequence[str] | None) -> LabelTable:
+    """Give the label table of some repetitions."""
+    if config.table == "identity":
+        return LabelTable.identity(sizes.n_labels)
+    return LabelTable.hashed(
+        sizes.n_labels,
+        sizes.n_buckets,
+        repetitions=tuple(repetitions),
+        family=config.family,
+        seed=config.seed,
+        label_names=label_names if config.family == "xxhash" else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder on disk."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Read the manifest of a run folder.
+
+        Raises: ModelError if there is none, it is broken, or of another format.
+        """
+        path = Path(path)
+        try:
+            manifest = read_json(path / MANIFEST)
+        except OSError as error:
+            raise ModelError(f"{path}: is not a run folder (no readable {MANIFEST}); make one with `mach train`") from error
+        except ValueError as error:
+            raise ModelError(f"{path / MANIFEST}: is broken: {error}") from error
+        if manifest.get("format") != FORMAT:
+            found = manifest.get("format")
+            raise ModelError(f"{path}: has model format {found}, this version of mach reads format {FORMAT}; train it again")
+        if manifest.get("checksum") != _manifest_checksum(manifest):
+            raise ModelError(f"{path / MANIFEST}: does not match its own checksum; restore it from a copy, or train again")
+        return cls(path, manifest)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config, dataset: Dataset) -> Run:
+        """Make a run folder, or open the one that is there if it is of the same config and data set.
+
+        Raises: ModelError if it is of another config or data set (names what differs), or cannot be written.
+        """
+        path = Path(path)
+        facts = _facts(config, dataset)
+        if (path / MANIFEST).exists():
+            run = cls.open(path)
+            run._refuse_other(facts)
+            if config.n_repetitions() <= run.manifest["repetitions"]:
+                return run
+            return run._write_manifest(dict(run.manifest) | {"repetitions": config.n_repetitions()})
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            files = _copy_shared(dataset, path)
+            return cls(path, {})._write_manifest(facts | {"repetitions": config.n_repetitions(), "files": files})
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+    @property
+    def config(self) -> Config:
+        """Give the config that the run was made with, R included."""
+        return Config.from_dict(dict(self.manifest["config"]) | {"repetitions": self.manifest["repetitions"]})
+
+    @property
+    def sizes(self) -> Sizes:
+        """Give the sizes that the data decided."""
+        return Sizes(**self.manifest["sizes"])
+
+    def add(self, repetition: int, parameters: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Store a finished repetition: its weights, then the record that makes it count.
+
+        Raises: ModelError if the disk refuses; what was finished before stays.
+        """
+        weights = self.weights_path(repetition)
+        try:
+            with atomic(weights) as temporary:
+                save_file(dict(parameters), temporary, metadata={"format": "pt", "run": self._key()})
+            record = {
+                "repetition": repetition,
+                "run": self._key(),
+                "bytes": weights.stat().st_size,
+                "xxh3_128": checksum(weights),
+                "parameters": sum(p.numel() for p in parameters.values()),
+                "versions": versions(),
+                **facts,
+            }
+            write_json(weights.with_suffix(".json"), record)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ModelError(f"{weights}: cannot be written ({error}); repetitions finished before are safe") from error
+
+    def weights_path(self, repetition: int) -> Path:
+        """Give where a repetition's weights lie."""
+        return self.path / f"repetition-{repetition:03d}.safetensors"
+
+    def records(self) -> dict[int, dict[str, Any]]:
+        """Give the record of each finished repetition, by its number, whatever the state of its weights."""
+        found = {}
+        for file in sorted(self.path.glob("repetition-*.json")):
+            try:
+                record = read_json(file)
+                found[int(record["repetition"])] = record
+            except (OSError, ValueError, KeyError):
+                continue
+        return found
+
+    def problems(self) -> dict[int, str]:
+        """Say what is wrong with each repetition that should be there and cannot be used: seen without reading weights."""
+        records = self.records()
+        expected = range(max([self.manifest["repetitions"], *(r + 1 for r in records)]))
+        return {r: trouble for r in expected if (trouble := self._trouble(r, records.get(r)))}
+
+    def _trouble(self, repetition: int, record: Mapping[str, Any] | None) -> str:
+        weights = self.weights_path(repetition)
+        if record is None:
+            return "is broken: its record is unreadable" if weights.with_suffix(".json").exists() else "is missing"
+        if record.get("run") != self._key():
+            return "was trained with another config, data set or format"
+        if not weights.exists():
+            return "is missing its weights"
+        size = weights.stat().st_size
+        return "" if size == record["bytes"] else f"is cut short or changed: {size} bytes instead of {record['bytes']}"
+
+    def finished(self) -> list[int]:
+        """Give the numbers of the repetitions that can be used."""
+        return sorted(self.records().keys() - self.problems().keys())
+
+    def verify(self) -> list[str]:
+        """Read everything and name each problem: flipped bytes, missing and truncated files. Empty when all is well."""
+        found = [f"repetition {r} {trouble}" for r, trouble in self.problems().items()]
+        for r in self.finished():
+            if checksum(self.weights_path(r)) != self.records()[r]["xxh3_128"]:
+                found.append(f"repetition {r} has changed: {self.weights_path(r).name} does not match its checksum")
+        for name, known in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif checksum(file) != known:
+                found.append(f"{name} has changed: it does not match its checksum")
+        return found
+
+    def load(self, repetitions: Sequence[int] | None = None, *, skip_broken: bool = False, device: str = "cpu") -> Model:
+        """Load a model: the given repetitions, or all that there should be. On the CPU weights are mapped, not read.
+
+        Raises: ModelError naming each repetition that is missing or broken, unless those are to be skipped.
+        """
+        from mach.model import resolve_device
+
+        problems = self.problems()
+        finished = self.finished()
+        wanted = list(repetitions) if repetitions is not None else sorted({*finished, *problems})
+        bad = {r: problems.get(r, "is missing") for r in wanted if r not in finished}
+        if bad and not skip_broken:
+            texts = "; ".join(f"repetition {r} {trouble}" for r, trouble in bad.items())
+            numbers = ",".join(map(str, bad))
+            raise ModelError(f"{self.path}: {texts}; train it with --repetitions {numbers} --resume, or pass --skip-broken")
+        usable = [r for r in wanted if r in finished]
+        if not usable:
+            raise ModelError(f"{self.path}: holds no finished repetition yet; train one with `mach train`")
+        names = self.label_names()
+        place = resolve_device(device)
+        return Model(
+            config=self.config,
+            sizes=self.sizes,
+            table=self._table(usable, names),
+            repetitions=[self._load_one(r, place) for r in usable],
+            device=place,
+            vectorizer=self._vectorizer(),
+            label_names=names,
+        )
+
+    def label_names(self) -> Strings | None:
+        """Give the K label names, or None if labels are only numbers."""
+        if "label_names_offsets.npy" not in self.manifest["files"]:
+            return None
+        offsets, blob = (self._array(f"label_names_{part}.npy") for part in ("offsets", "blob"))
+        return Strings(offsets, blob)
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            array: np.ndarray = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.path / name}: cannot be read ({error}); copy it from another part of this run") from error
+        return array.view(np.ndarray)
+
+    def _vectorizer(self) -> TextVectorizer | None:
+        return TextVectorizer.load(self.path / "vectorizer") if "vectorizer/vectorizer.json" in self.manifest["files"] else None
+
+    def _table(self, repetitions: Sequence[int], names: Sequence[str] | None) -> LabelTable:
+        stored = dict(self.manifest["table"]) | {"repetitions": list(repetitions)}
+        return LabelTable.from_dict(stored, label_names=names if self.config.family == "xxhash" else None)
+
+    def _load_one(self, repetition: int, device: torch.device) -> Packed:
+        path = self.weights_path(repetition)
+        try:
+            parameters = load_file(path, device=str(device))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ModelError(f"{path}: repetition {repetition} is broken ({error}); train it again") from error
+        return Packed.single(parameters, config=self.config, features=self.sizes.features)
+
+    def _key(self) -> str:
+        """Give 16 hexadecimal digits that agree between the parts of one ensemble and between nothing else."""
+        return str(self.manifest["key"])
+
+    def _refuse_other(self, facts: Mapping[str, Any]) -> None:
+        if self.manifest["data"] != facts["data"]:
+            raise ModelError(
+                f"{self.path}: was trained on another data set (fingerprint {self.manifest['data']}, this one has "
+                f"{facts['data']}); choose another --out"
+            )
+        old, new = self.manifest["config"], facts["config"]
+        differ = [f"{name}={old.get(name)!r} there, {new[name]!r} now" for name in new if old.get(name) != new[name]]
+        if differ:
+            raise ModelError(f"{self.path}: was made with other settings: {'; '.join(differ)}; choose another --out")
+        if self.manifest["key"] != facts["key"]:
+            raise ModelError(f"{self.path}: was made by a version of mach that hashes otherwise; choose another --out")
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> Run:
+        whole = {**manifest, "checksum": _manifest_checksum(manifest)}
+        write_json(self.path / MANIFEST, whole)
+        return Run(self.path, whole)
+
+
+def load(path: str | Path, *, device: str = "auto", skip_broken: bool = False) -> Model:
+    """Load a trained model from its run folder; see `Run.load`."""
+    return Run.open(path).load(skip_broken=skip_broken, device=device)
+
+
+def versions() -> dict[str, str]:
+    """Give the versions that decide bits."""
+    return {
+        "mach": importlib.metadata.version("mach"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Give the part of a manifest that every machine training this ensemble agrees on, and its key."""
+    sizes = sizes_of(config, dataset)
+    settings = config.to_dict()
+    del settings["repetitions"]  # which of them are here may differ
+    table = table_of(config, sizes, [0], dataset.label_names).to_dict()
+    del table["repetitions"]
+    facts = {
+        "format": FORMAT,
+        "config": settings,
+        "sizes": {name: getattr(sizes, name) for name in Sizes.__slots__},
+        "table": table,
+        "data": dataset.fingerprint,
+    }
+    return facts | {"key": xxhash.xxh3_64_hexdigest(repr(facts).encode()), "versions": versions()}
+
+
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(repr(sorted((k, v) for k, v in manifest.items() if k != "checksum")).encode())
+
+
+def _copy_shared(dataset: Dataset, run: Path) -> dict[str, str]:
+    """Copy label names and vectorizer from the data set; give their checksums."""
+    files = {}
+    for name, known in dataset.manifest["files"].items():
+        if name.startswith(("label_names_", "vectorizer/")):
+            (run / name).parent.mkdir(exist_ok=True)
+            with atomic(run / name) as temporary:
+                shutil.copyfile(dataset.path / name, temporary)
+            files[name] = known["xxh3_128"]
+    return files
+
+
+def parse_repetitions(text: str) -> list[int]:
+    """Turn `8` (the first eight), `0-7` or `3,5,8-11` into repetition numbers.
+
+    A bare number is a count; everything else names repetitions.
+    Raises: ConfigError if it is none of these.
+    """
+    if text.isdigit():
+        if not 1 <= int(text) <= 100_000:
+            raise ConfigError(f"repetitions={text} must be a count in [1, 100000]")
+        return list(range(int(text)))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
+            raise ConfigError(f"repetitions={text!r} must be a count such as 8, a range such as 0-7, or numbers such as 3,5,")
+        numbers |= set(range(int(low), int(high or low) + 1))
+    return sorted(numbers)

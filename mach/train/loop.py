@@ -1,0 +1,231 @@
+"""The training loop of one group of packed repetitions: arithmetic only. It yields a record a step; the caller logs and saves.
+
+Axes: N samples, R repetitions of the group, B buckets, D hidden width.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mach.config import Config
+from mach.data import CSR, Dataset, take_rows
+from mach.decoding import decode_topk
+from mach.encoders import make_batch
+from mach.errors import DataError
+from mach.hashing import LabelTable
+from mach.heads import Positives
+from mach.metrics import precision_at_k
+from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters
+from mach.train.optim import Optimizer
+from mach.train.schedule import order_of, rate_at, seed_of
+
+LOSS_EVERY = 20  # steps
+VALIDATION_SAMPLES = 2000
+VALIDATION_KS = (1, 3, 5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one step did."""
+
+    step: int  # from 1
+    n_steps: int
+    epoch: int  # from 1
+    samples_per_s: float  # since the step before; each sample trains every repetition of the group
+    rate: float  # step size of the dense parameters
+    loss: float | None = None  # nats a sample, mean over the group's repetitions; every LOSS_EVERY steps
+    peak_bytes: int | None = None  # of the process (CPU) or the device's allocator; with the loss
+    validation: dict[str, float] | None = None  # P@k of the group decoded together; at the end of an epoch
+
+
+@dataclass(slots=True)
+class Standing:
+    """How a repetition does on validation data, for early stopping."""
+
+    best: float = -1.0  # share of validation samples whose best bucket is a true one
+    epochs_since: int = 0
+    stopped: bool = False
+
+
+class Group:
+    """Repetitions trained together: one batch read, one gather and one batched product for all of them.
+
+    What a repetition becomes does not depend on its companions beyond rounding: weights, hash and dropout come from
+    (seed, repetition), the order of the data from the seed alone.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, sizes: Sizes, table: LabelTable, device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
+        self.config, self.sizes, self.table, self.device, self.dtype = config, sizes, table, device, dtype
+        self.repetitions = table.repetitions
+        self.train = dataset.split("train")
+        self.rows, self.held_out = _rows(config, dataset)
+        self.n_steps = config.epochs * self.steps_per_epoch
+        self.step = 0
+        self.standings = [Standing() for _ in self.repetitions]
+        self.packed = self._initial()
+        self.optimizer = Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT)
+        self._began = time.perf_counter()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Give the number of batches that visit every sample once."""
+        return -(-len(self.rows) // self.config.batch_size)
+
+    @property
+    def done(self) -> bool:
+        """Tell whether nothing is left to train."""
+        return self.step >= self.n_steps or all(s.stopped for s in self.standings)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give every tensor that a checkpoint must hold, as the tensors themselves."""
+        return {**self.packed.parameters, **{f"optimizer.{k}": v for k, v in self.optimizer.state.items()}}
+
+    def steps(self, on_better: Callable[[int], None]) -> Iterator[StepRecord]:
+        """Train until done, yielding a record a step. `on_better(r)` marks a best epoch of the r-th packed repetition."""
+        order, order_epoch = np.empty(0, np.int64), -1
+        while not self.done:
+            epoch, place = divmod(self.step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self.rows[order_of(len(self.rows), self.config.seed, epoch)], epoch
+            rows = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
+            want_loss = self.step % LOSS_EVERY == 0 or self.step + 1 == self.n_steps
+            loss = self._step(rows, want_loss)
+            ends_epoch = place + 1 == self.steps_per_epoch
+            validation = self._validate(on_better) if ends_epoch and self.held_out is not None else None
+            now = time.perf_counter()
+            seconds, self._began = now - self._began, now
+            yield StepRecord(
+                step=self.step,
+                n_steps=self.n_steps,
+                epoch=epoch + 1,
+                samples_per_s=len(rows) / max(seconds, 1e-9),
+                rate=self.optimizer.rate,
+                loss=None if loss is None else float(loss.mean()),
+                peak_bytes=peak_bytes(self.device) if want_loss else None,
+                validation=validation,
+            )
+
+    def _step(self, rows: np.ndarray, want_loss: bool) -> Tensor | None:
+        """Train on one batch: the samples `rows`."""
+        features, labels = take(self.train.features, rows), take_rows(self.train.labels, rows)
+        batch = self._batch(features)
+        buckets = [self.table.positives(labels.indptr, labels.indices, r) for r in range(len(self.repetitions))]
+        share = rate_at(self.step, self.n_steps, self.config.warmup)
+        self.optimizer.begin_step(rate=share * self.config.learning_rate, row_rate=share * self.config.input_learning_rate)
+        loss = self.packed.step(
+            batch,
+            Positives.of(buckets, self.device),
+            update=self.optimizer.update,
+            update_rows=self.optimizer.update_rows,
+            drop=self._dropout() if self.config.dropout else None,
+            want_loss=want_loss,
+        )
+        self.step += 1
+        return loss
+
+    def _batch(self, features: CSR | np.ndarray) -> Batch:
+        return make_batch(features, normalize=self.config.normalize, device=self.device, dtype=self.dtype)
+
+    def _dropout(self) -> Callable[[Tensor], Tensor]:
+        """Give a function that drops entries of (R, N, D), each repetition with its own generator of (seed, repetition, step)."""
+        generators = []
+        for r in self.repetitions:
+            generator = torch.Generator(self.device)
+            generators.append(generator.manual_seed(seed_of(self.config.seed, "dropout", r, self.step)))
+        keep = 1 - self.config.dropout
+
+        def drop(hidden_RND: Tensor) -> Tensor:
+            mask = torch.empty_like(hidden_RND)
+            for part, generator in zip(mask, generators, strict=True):
+                part.bernoulli_(keep, generator=generator)
+            return hidden_RND * mask.div_(keep)
+
+        return drop
+
+    def _initial(self) -> Packed:
+        """Draw the initial weights, each repetition with its own generator."""
+
+        def each() -> Iterator[dict[str, Tensor]]:
+            for r in self.repetitions:
+                generator = torch.Generator().manual_seed(seed_of(self.config.seed, "weights", r))
+                yield initial_parameters(self.config, self.sizes, generator, self.dtype)
+
+        n = len(self.repetitions)
+        return Packed.join(each(), n, config=self.config, features=self.sizes.features, device=self.device)
+
+    def _validate(self, on_better: Callable[[int], None]) -> dict[str, float]:
+        """Measure P@k of the group decoded together, and note each repetition's own standing."""
+        assert self.held_out is not None
+        features, labels = self.held_out
+        logits, right = [], np.zeros(len(self.repetitions))
+        for start in range(0, len(labels), self.config.batch_size):
+            rows = np.arange(start, min(start + self.config.batch_size, len(labels)))
+            outputs = self.packed.logits(self._batch(take(features, rows))).float().cpu().numpy()
+            truth = take_rows(labels, rows)
+            for r in range(len(self.repetitions)):
+                indptr, buckets = self.table.positives(truth.indptr, truth.indices, r)
+                best = CSR(indptr, buckets.astype(np.int32), None, self.sizes.n_buckets)
+                right[r] += precision_at_k(outputs[:, r].argmax(1)[:, None].astype(np.int64), best, 1) * len(rows)
+            k = min(max(VALIDATION_KS), self.sizes.n_labels)
+            logits.append(decode_topk(outputs, self.table, k, loss=self.config.loss, estimator=DEFAULT_ESTIMATOR).labels)
+        self._judge(right / len(labels), on_better)
+        found = np.concatenate(logits)
+        return {f"P@{k}": precision_at_k(found, labels, k) for k in VALIDATION_KS if k <= found.shape[1]}
+
+    def _judge(self, right_R: np.ndarray, on_better: Callable[[int], None]) -> None:
+        """Update every repetition's standing from its share of right best buckets."""
+        for r, (standing, right) in enumerate(zip(self.standings, right_R.tolist(), strict=True)):
+            if standing.stopped:
+                continue
+            if right > standing.best:
+                standing.best, standing.epochs_since = right, 0
+                on_better(r)
+            else:
+                standing.epochs_since += 1
+                standing.stopped = 0 < self.config.patience <= standing.epochs_since
+
+
+def take(features: CSR | np.ndarray, rows: np.ndarray) -> CSR | np.ndarray:
+    """Copy rows of sparse or dense features into memory."""
+    return features[rows] if isinstance(features, np.ndarray) else take_rows(features, rows)
+
+
+def _rows(config: Config, dataset: Dataset) -> tuple[np.ndarray, tuple[Any, CSR] | None]:
+    """Give the training rows, and the features and labels of validation samples: of the dev split, or held out, or none.
+
+    Raises: DataError if there is nothing to train on, or early stopping has nothing to go by.
+    """
+    split = dataset.split("train")
+    rows, seed = np.arange(split.n_samples), config.seed
+    if "dev" in dataset.split_names and dataset.split("dev").n_samples:
+        split = dataset.split("dev")
+        held = np.sort(order_of(split.n_samples, seed, -1)[:VALIDATION_SAMPLES])
+    else:
+        shuffled = order_of(len(rows), seed, -1)
+        n_held = round(config.validation * len(rows))
+        rows, held = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held][:VALIDATION_SAMPLES])
+    if not len(rows):
+        raise DataError(f"{dataset.path}: the train split has no samples to train on")
+    if config.patience and not len(held):
+        raise DataError(f"{dataset.path}: patience={config.patience} needs a dev split, or validation above 0")
+    return rows, (take(split.features, held), take_rows(split.labels, held)) if len(held) else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Give the most memory used so far: by this process on the CPU, by torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
