@@ -23,6 +23,7 @@ _WHERE = {
     "TopK": "mach.decoding",
     "load": "mach.store",
     "load_config": "mach.config",
+    "precision_at_k": "mach.metrics",
     "prepare": "mach.data",
     "train": "mach.parallel",
     "write_dataset": "mach.data",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mach.errors import MachError as MachError
     from mach.errors import ModelError as ModelError
     from mach.hashing import LabelTable as LabelTable
+    from mach.metrics import precision_at_k as precision_at_k
     from mach.model import Model as Model
     from mach.parallel import train as train
     from mach.store import load as load

@@ -41,11 +41,11 @@ class Config:
 
     hidden: int = _setting(512, "D, width of the hidden vector", 1)
     layers: int = _setting(0, "residual layers of width D after the input layer", 0, 64)
-    dropout: float = _setting(0.2, "share of the hidden vector dropped while training", 0, 0.99)
+    dropout: float = _setting(0.3, "share of the hidden vector dropped while training", 0, 0.99)
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
 
     loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
-    epochs: int = _setting(15, "passes over the training samples", 1)
+    epochs: int = _setting(8, "passes over the training samples", 1)
     batch_size: int = _setting(256, "samples a step", 1)
     learning_rate: float = _setting(2e-3, "peak step size of AdamW, after the warm-up", 0)
     input_learning_rate: float = _setting(3e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)
@@ -58,7 +58,10 @@ class Config:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
-            _check(f.name, getattr(self, f.name), hints[f.name], f.metadata["low"], f.metadata["high"])
+            value, hint = getattr(self, f.name), hints[f.name]
+            _check(f.name, value, hint, f.metadata["low"], f.metadata["high"])
+            plain = float(value) if hint is float else str(value) if isinstance(value, str) else value
+            object.__setattr__(self, f.name, plain)  # equal settings are written alike: 1, 1.0 and numpy's make one run
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Config:

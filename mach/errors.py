@@ -26,7 +26,10 @@ class MissingExtra(MachError):
     """An optional package is absent: names what needs it and the pip line that brings it."""
 
     def __init__(self, purpose: str, extra: str):
-        super().__init__(f"{purpose} needs an optional package: pip install 'mach[{extra}]'")
+        super().__init__(purpose, extra)  # these travel between processes; a worker's error is raised again in the parent
+
+    def __str__(self) -> str:
+        return "{} needs an optional package: pip install 'mach[{}]'".format(*self.args)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from mach.config import Config, Estimator
+from mach.config import Config, Estimator, Loss
 from mach.data import CSR, TextVectorizer, take_rows
 from mach.decoding import TopK, decode_topk
 from mach.encoders import MLP, DenseBatch, SparseBatch, input_for, make_batch
@@ -45,10 +45,15 @@ class Sizes:
     n_labels: int  # K
     n_buckets: int  # B
     features: Features
+    labels_a_sample: float  # mean over the training samples
 
 
 def initial_parameters(config: Config, sizes: Sizes, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Draw one repetition's weights, in a fixed order, from its own generator: normal, scaled by the fan-in; biases zero."""
+    """Draw one repetition's weights, in a fixed order, from its own generator: normal, scaled by the fan-in.
+
+    Biases are zero but the head's, which start where an output that is positive as seldom as buckets are on average belongs:
+    otherwise most of the training goes into learning that almost every bucket is negative.
+    """
     F, B, D = sizes.n_features, sizes.n_buckets, config.hidden
 
     def normal(*shape: int, scale: float) -> Tensor:
@@ -58,7 +63,19 @@ def initial_parameters(config: Config, sizes: Sizes, generator: torch.Generator,
     for i in range(config.layers):
         parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
         parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
-    return {**parameters, "head.weight": normal(B, D, scale=1 / math.sqrt(D)), "head.bias": torch.zeros(B, dtype=dtype)}
+    bias = torch.full((B,), prior_output(config.loss, sizes.labels_a_sample / B), dtype=dtype)
+    return {**parameters, "head.weight": normal(B, D, scale=1 / math.sqrt(D)), "head.bias": bias}
+
+
+def prior_output(loss: Loss, share: float) -> float:
+    """Give the output that minimises a loss where a bucket is positive for a share of the samples, whatever they hold.
+
+    Source: Lin et al. 2017, arXiv:1708.02002, section 3.3 (for the logistic loss).
+    """
+    share = min(max(share, 1e-9), 0.5)
+    if loss == "logistic":
+        return math.log(share / (1 - share))
+    return 2 * share - 1 if loss == "squared-hinge" else 0.0  # the softmax is not moved by a common bias
 
 
 def _axis(name: str) -> int:
@@ -202,7 +219,7 @@ class Model:
                 raise DataError("the model was trained on features, not on text: give a matrix of features")
             return self.vectorizer.transform([X] if isinstance(X, str) else list(X))
         if self.sizes.features == "dense":
-            found: CSR | np.ndarray = np.asarray(sp.csr_array(X).toarray() if sp.issparse(X) else X, dtype=np.float32)
+            found: CSR | np.ndarray = np.asarray(X.toarray() if sp.issparse(X) else X, dtype=np.float32)
         else:
             found = X if isinstance(X, CSR) else CSR.from_scipy(X)
         width = found.n_columns if isinstance(found, CSR) else found.shape[-1]

@@ -34,7 +34,7 @@ class _Column:
 COSTS = (
     _Column("train", lambda row: row.train_s, lambda row: plain(row.train_s, "s")),
     _Column("parameters", lambda row: row.parameters, lambda row: scaled(row.parameters), against_full=True),
-    _Column("on disk", lambda row: row.bytes, lambda row: scaled(row.bytes, "B"), against_full=True),
+    _Column("on disk", lambda row: row.bytes, lambda row: scaled(row.bytes, "B")),
     _Column("a query", lambda row: row.predict_ms, lambda row: plain(row.predict_ms, "ms")),
     _Column("peak memory", lambda row: row.peak_bytes, lambda row: scaled(row.peak_bytes, "B")),
 )
@@ -87,7 +87,7 @@ def render_table(rows: Sequence[Row]) -> Table:
     """
     _check(rows)
     table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
-    table.add_column("configuration", overflow="fold")
+    table.add_column("configuration", no_wrap=True)
     columns = _columns(rows)
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)

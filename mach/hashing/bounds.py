@@ -75,7 +75,7 @@ class Cost:
     parameters: int
     weight_bytes: int  # float32
     table_bytes: int  # label -> bucket, held
-    training_bytes: int  # weights and AdamW's two moments, and the table; without gradients and activations
+    training_bytes: int  # weights, AdamW's two moments (a row of the input layer: one), the table; without activations
     encoder_multiply_adds: int  # a sample, forward
     head_multiply_adds: int  # a sample, forward
 
@@ -110,6 +110,7 @@ def _cost(n_buckets: int, hidden: int, n_features: int, layers: int, active_feat
     """Count one encoder, one head and a table of so many bytes."""
     encoder, head = encoder_parameters(n_features, hidden, layers), head_parameters(n_buckets, hidden)
     weight_bytes = WEIGHT_BYTES * (encoder + head)
+    input_bytes = WEIGHT_BYTES * n_features * hidden  # the input layer keeps one moment a row, not two a weight
     active = n_features if active_features is None else active_features
     return Cost(
         encoder_parameters=encoder,
@@ -117,7 +118,7 @@ def _cost(n_buckets: int, hidden: int, n_features: int, layers: int, active_feat
         parameters=encoder + head,
         weight_bytes=weight_bytes,
         table_bytes=table,
-        training_bytes=ADAMW_COPIES * weight_bytes + table,
+        training_bytes=ADAMW_COPIES * (weight_bytes - input_bytes) + input_bytes + WEIGHT_BYTES * n_features + table,
         encoder_multiply_adds=active * hidden + layers * hidden * hidden,
         head_multiply_adds=n_buckets * hidden,
     )

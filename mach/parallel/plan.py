@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from mach.config import Config
-from mach.hashing.bounds import encoder_parameters, head_parameters
+from mach.hashing.bounds import ensemble_cost
 from mach.model import Sizes
 
 
@@ -16,10 +16,11 @@ def plan_groups(
     """Cut the repetitions still to train into groups: those under way as they were begun, the rest in equal runs.
 
     Args:    underway, the groups that left a checkpoint; group_size, the most that fit on a device together.
-    Returns: groups of wanted, unfinished repetitions, each once; the new ones differ by one in size at most.
+    Returns: groups that hold each wanted, unfinished repetition once; the new ones differ by one in size at most. A group
+             under way is kept whole: some of it may be finished, if it was stopped between two of its repetitions.
     """
     left = [r for r in dict.fromkeys(wanted) if r not in finished]
-    begun = [tuple(group) for group in underway if group and set(group) <= set(left)]
+    begun = [tuple(group) for group in underway if set(group) & set(left)]
     taken = {r for group in begun for r in group}
     new = [r for r in left if r not in taken]
     n_groups = max(min(n_workers, len(new)), -(-len(new) // max(1, group_size)))
@@ -28,10 +29,16 @@ def plan_groups(
 
 
 def repetition_bytes(config: Config, sizes: Sizes) -> int:
-    """Give the bytes that training one repetition takes: float32 weights, two moments of all but the input layer's rows."""
-    input_bytes = 4 * sizes.n_features * (config.hidden + 1)
-    rest = encoder_parameters(0, config.hidden, config.layers) + head_parameters(sizes.n_buckets, config.hidden)
-    return input_bytes + 3 * 4 * rest
+    """Give the bytes that training one repetition takes, without the activations of a batch."""
+    cost = ensemble_cost(
+        n_labels=sizes.n_labels,
+        n_buckets=sizes.n_buckets,
+        n_repetitions=1,
+        hidden=config.hidden,
+        n_features=sizes.n_features,
+        layers=config.layers,
+    )
+    return cost.training_bytes
 
 
 def group_size(config: Config, sizes: Sizes, *, memory_bytes: int, n_workers: int) -> int:

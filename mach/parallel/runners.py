@@ -17,8 +17,8 @@ from mach.errors import ConfigError, ModelError
 from mach.model import Model, resolve_device
 from mach.parallel.plan import group_size, plan_groups
 from mach.parallel.progress import Watch
-from mach.store.folder import Run
-from mach.train.checkpoint import FOLDER, group_name, read_progress
+from mach.store.folder import Run, format_repetitions
+from mach.train.checkpoint import FOLDER, best_path, read_progress
 from mach.train.group import Job, log_path, train_group
 
 CHECKPOINT_S = 120.0
@@ -85,7 +85,7 @@ def train(
 
 def _run(jobs: Sequence[Job], n_workers: int, progress: bool) -> None:
     """Run the jobs, in this process if one worker does them all."""
-    logs = {group_name(job.repetitions): log_path(job.run, job.repetitions) for job in jobs}
+    logs = {format_repetitions(job.repetitions): log_path(job.run, job.repetitions) for job in jobs}
     with Watch(logs, shown=progress):
         if n_workers == 1:
             for job in jobs:
@@ -104,17 +104,27 @@ def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:
 
 
 def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
-    """Give the groups that left checkpoints; refuse to pass over their work silently."""
+    """Give the groups that left checkpoints; refuse to pass over their work silently. Clear away what finished ones left."""
     finished = set(run.finished())
-    found = [read_progress(file)["repetitions"] for file in sorted((run.path / FOLDER).glob("group-*.safetensors"))]
-    begun = [group for group in found if set(group) & set(wanted) and not set(group) <= finished]
+    begun = []
+    for file in sorted((run.path / FOLDER).glob("group-*.safetensors")):
+        progress = read_progress(file)
+        group = progress["repetitions"]
+        if progress["run"] != run.manifest["key"]:
+            raise ModelError(f"{file}: the checkpoint is of another run, copied here by mistake; delete it")
+        if set(group) <= finished:
+            file.unlink(missing_ok=True)
+        elif set(group) & set(wanted):
+            begun.append(group)
+    for r in finished:
+        best_path(run.path, r).unlink(missing_ok=True)
     if begun and not resume:
-        names = ", ".join(map(group_name, begun))
+        names = ", ".join(map(format_repetitions, begun))
         raise ModelError(f"{run.path}: repetitions {names} are under way here; add --resume to go on, or choose another --out")
     partial = [group for group in begun if not set(group) <= set(wanted)]
     if partial:
         raise ModelError(
-            f"{run.path}: repetitions {group_name(partial[0])} were begun together; resume all of them, or delete "
+            f"{run.path}: repetitions {format_repetitions(partial[0])} were begun together; resume all of them, or delete "
             f"{run.path / FOLDER} to start them again"
         )
     return begun

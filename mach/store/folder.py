@@ -44,12 +44,14 @@ def sizes_of(config: Config, dataset: Dataset) -> Sizes:
 
     Raises: ConfigError if B exceeds K.
     """
-    dense = isinstance(dataset.split(dataset.split_names[0]).features, np.ndarray)
+    train = dataset.split("train")
+    dense, labels = isinstance(train.features, np.ndarray), train.labels
     return Sizes(
         n_features=dataset.n_features,
         n_labels=dataset.n_labels,
         n_buckets=config.n_buckets(dataset.n_labels),
         features="dense" if dense else "sparse",
+        labels_a_sample=labels.nnz / max(1, len(labels)),
     )
 
 
@@ -210,8 +212,8 @@ class Run:
         bad = {r: problems.get(r, "is missing") for r in wanted if r not in finished}
         if bad and not skip_broken:
             texts = "; ".join(f"repetition {r} {trouble}" for r, trouble in bad.items())
-            numbers = ",".join(map(str, bad))
-            raise ModelError(f"{self.path}: {texts}; train it with --repetitions {numbers} --resume, or pass --skip-broken")
+            again = f"train again with --repetitions {format_repetitions(list(bad))}"
+            raise ModelError(f"{self.path}: {texts}; {again}, or leave out with --skip-broken")
         usable = [r for r in wanted if r in finished]
         if not usable:
             raise ModelError(f"{self.path}: holds no finished repetition yet; train one with `mach train`")
@@ -341,6 +343,14 @@ def parse_repetitions(text: str) -> list[int]:
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
-            raise ConfigError(f"repetitions={text!r} must be a count such as 8, a range such as 0-7, or numbers such as 3,5,")
+            raise ConfigError(
+                f"repetitions={text!r} must be a count such as 8, a range such as 0-7 or 3-3, or numbers such as 3,5"
+            )
         numbers |= set(range(int(low), int(high or low) + 1))
     return sorted(numbers)
+
+
+def format_repetitions(numbers: Sequence[int]) -> str:
+    """Give rising repetition numbers as text that `parse_repetitions` reads back: `0-7`, `3-3` or `3,5`."""
+    contiguous = list(range(numbers[0], numbers[-1] + 1)) == list(numbers)
+    return f"{numbers[0]}-{numbers[-1]}" if contiguous else ",".join(map(str, numbers))

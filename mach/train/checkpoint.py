@@ -16,19 +16,19 @@ from torch import Tensor
 
 from mach.errors import ModelError
 from mach.files import atomic
+from mach.store.folder import format_repetitions
 
 FOLDER = "checkpoints"
 
 
-def group_name(repetitions: Sequence[int]) -> str:
-    """Give the name of a group's files, such as `0-7` or `3,5`."""
-    contiguous = list(range(repetitions[0], repetitions[-1] + 1)) == list(repetitions)
-    return f"{repetitions[0]}-{repetitions[-1]}" if contiguous else ",".join(map(str, repetitions))
-
-
 def checkpoint_path(run: Path, repetitions: Sequence[int]) -> Path:
     """Give where the checkpoint of a group lies."""
-    return run / FOLDER / f"group-{group_name(repetitions)}.safetensors"
+    return run / FOLDER / f"group-{format_repetitions(repetitions)}.safetensors"
+
+
+def best_path(run: Path, repetition: int) -> Path:
+    """Give where a repetition's best weights so far lie, while it trains with early stopping."""
+    return run / FOLDER / f"best-{repetition:03d}.safetensors"
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
@@ -65,7 +65,8 @@ def read_tensors(path: Path, into: Mapping[str, Tensor]) -> None:
     Raises: ModelError if names or shapes differ.
     """
     with safetensors.safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(into):
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        if shapes != {name: list(target.shape) for name, target in into.items()}:
             raise ModelError(f"{path}: the checkpoint is of another model; delete it to start this group again")
         for name, target in into.items():
             target.copy_(file.get_tensor(name))

@@ -18,9 +18,9 @@ import torch
 from mach.data import Dataset
 from mach.errors import MissingExtra, ModelError
 from mach.model import resolve_device
-from mach.store.folder import Run, table_of
-from mach.train.checkpoint import checkpoint_path, group_name, read_progress, read_tensors, write_checkpoint
-from mach.train.loop import Group, Standing, StepRecord
+from mach.store.folder import Run, format_repetitions, table_of
+from mach.train.checkpoint import best_path, checkpoint_path, read_progress, read_tensors, write_checkpoint
+from mach.train.loop import Group, Standing, StepRecord, peak_bytes
 
 LOG_SECONDS = 0.5  # between log lines that hold neither a validation nor the end
 
@@ -40,7 +40,7 @@ class Job:
 
 def log_path(run: Path, repetitions: Sequence[int]) -> Path:
     """Give where a group logs: a JSON object a line."""
-    return run / "logs" / f"group-{group_name(repetitions)}.jsonl"
+    return run / "logs" / f"group-{format_repetitions(repetitions)}.jsonl"
 
 
 def train_group(job: Job) -> None:
@@ -56,14 +56,15 @@ def train_group(job: Job) -> None:
     path = checkpoint_path(job.run, job.repetitions)
     spent_s = _restore(group, path) if path.exists() else 0.0
     began = time.perf_counter()
-    best = _best_paths(job)
+    best = [best_path(job.run, r) for r in job.repetitions]
     saved = time.monotonic()
     with _Log(job) as log:
         keep = run.config.patience > 0
         for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keep else None):
             log.write(record)
             if time.monotonic() - saved >= job.checkpoint_s and not group.done:
-                write_checkpoint(path, group.tensors(), _progress(group, spent_s + time.perf_counter() - began))
+                progress = _progress(run, group, spent_s + time.perf_counter() - began)
+                write_checkpoint(path, group.tensors(), progress)
                 saved = time.monotonic()
         seconds = spent_s + time.perf_counter() - began
         _finish(run, group, best, seconds)
@@ -74,30 +75,30 @@ def train_group(job: Job) -> None:
 
 def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> None:
     """Store each repetition: as it ended, or as it was at its best if early stopping kept that."""
+    finished = run.finished()  # some may be, if the group was stopped between two of them
     for r, number in enumerate(group.repetitions):
+        if number in finished:
+            continue
         parameters = group.packed.repetition(r)
         if best[r].exists():
             read_tensors(best[r], parameters)
         facts = {
             "steps": group.step,
             "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
+            "peak_bytes": peak_bytes(group.device),
             "group": list(group.repetitions),
             "bucket_P@1": group.standings[r].best if group.held_out is not None else None,
         }
         run.add(number, parameters, facts)
 
 
-def _best_paths(job: Job) -> list[Path]:
-    folder = checkpoint_path(job.run, job.repetitions).parent
-    return [folder / f"best-{r:03d}.safetensors" for r in job.repetitions]
-
-
 def _keep_best(group: Group, r: int, path: Path) -> None:
     write_checkpoint(path, group.packed.repetition(r), {"step": group.step})
 
 
-def _progress(group: Group, seconds: float) -> dict[str, Any]:
+def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
     return {
+        "run": run.manifest["key"],
         "repetitions": list(group.repetitions),
         "step": group.step,
         "seconds": seconds,
@@ -119,7 +120,9 @@ class _Log:
 
     def __init__(self, job: Job):
         self._path = log_path(job.run, job.repetitions)
-        self._tensorboard = _tensorboard(job.run / "tensorboard" / group_name(job.repetitions)) if job.tensorboard else None
+        self._tensorboard = (
+            _tensorboard(job.run / "tensorboard" / format_repetitions(job.repetitions)) if job.tensorboard else None
+        )
         self._last, self._samples = 0.0, []  # type: float, list[float]
         self._file: IO[str] | None = None
 

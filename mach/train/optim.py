@@ -44,7 +44,7 @@ class Optimizer:
         steps = [torch.tensor(self.step - 1.0, device=gradient.device) for _ in weight]  # the kernel adds one
         adamw(
             list(weight),
-            list(gradient.unbind(0)),
+            list(gradient.contiguous().unbind(0)),  # the kernel reads its memory in a row
             list(first),
             list(second),
             [],

@@ -384,6 +384,18 @@ def test_a_killed_conversion_leaves_no_data_set_and_a_rerun_is_clean(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "src"]
 
 
+def test_two_processes_may_prepare_the_same_at_once(tmp_path):
+    source = put(tmp_path / "src", train__txt=XC)
+    script = f"from mach.data import prepare; prepare({str(source)!r}, {str(tmp_path / 'out')!r})"
+
+    def other_is_faster(done: int, total: int) -> None:
+        if not (tmp_path / "out").exists():
+            subprocess.run([sys.executable, "-c", script], check=True)
+
+    prepare(source, tmp_path / "out", progress=other_is_faster).verify()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "src"]
+
+
 def test_importing_data_loads_neither_scikit_learn_nor_pyarrow():
     script = "import sys, mach.data; sys.exit(', '.join({'sklearn', 'pyarrow', 'torch', 'pandas'} & set(sys.modules)) or 0)"
     child = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)

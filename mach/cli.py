@@ -1,0 +1,409 @@
+"""The command line: parse, call one function, print. Heavy modules are imported by the command that needs them.
+
+Errors that a user can mend are one line on standard error, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from mach.config import Config, Estimator, load_config
+from mach.errors import MachError
+
+if TYPE_CHECKING:
+    from mach.data import Dataset
+    from mach.hashing.bounds import Cost
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+BLOCKS = " ▏▎▍▌▋▊▉█"
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; give its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int | None = args.run(args)
+        return status or 0
+    except MachError as error:
+        print(f"mach {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"\nmach {args.command}: stopped; checkpoints and finished files are kept", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mach", description="Classification over millions of labels: hashed ensembles and full heads."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    prepare = command("prepare", _prepare, "Make a data set of XC-repository text, svmlight, npz, Parquet or TSV files.")
+    prepare.add_argument("source", help="the train split's file, or a folder of train.*, test.* and dev.*")
+    prepare.add_argument("--out", required=True, help="the data set's folder")
+    prepare.add_argument("--test", help="the test split's file")
+    prepare.add_argument("--dev", help="the dev split's file")
+    prepare.add_argument("--format", default="auto", choices=("auto", "xc", "svmlight", "npz", "parquet", "tsv"))
+    prepare.add_argument("--max-features", type=int, help="keep the most frequent word and character n-grams of text")
+
+    train = command("train", _train, "Train an ensemble, or some of its repetitions, or the full head.")
+    train.add_argument("data", help="a data set, or a folder of XC-repository text files")
+    train.add_argument("--out", required=True, help="the run folder")
+    train.add_argument("--config", help="a TOML file of settings; flags go before it")
+    _add_settings(train)
+    _add_machine(train)
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoints of a run that was stopped")
+    train.add_argument("--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints (default 120)")
+    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run folder")
+
+    predict = command("predict", _predict, "Write the best labels of a split's samples to a Parquet file.")
+    predict.add_argument("model", metavar="RUN", help="a run folder")
+    predict.add_argument("data", help="a data set")
+    predict.add_argument("--split", default="test")
+    predict.add_argument("--top-k", type=int, help="labels a sample (default 100, or all K if they are fewer)")
+    predict.add_argument("--out", required=True, help="the Parquet file: columns row, labels, scores")
+    _add_asking(predict)
+
+    evaluate = command("evaluate", _evaluate, "Measure predictions against the truth.")
+    evaluate.add_argument("predictions", help="what `mach predict` wrote")
+    evaluate.add_argument("data", help="the data set")
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--propensity", default="other", help="A and B of propensities: amazon, wikipedia or other")
+    evaluate.add_argument("--threshold", type=float, help="also F1, counting labels of at least this score as predicted")
+    evaluate.add_argument("--json", action="store_true")
+
+    ask = command("ask", _ask, "Give the best labels of texts.")
+    ask.add_argument("model", metavar="RUN", help="a run folder of a model trained on text")
+    ask.add_argument("text", nargs="+")
+    ask.add_argument("--top-k", type=int, default=5)
+    ask.add_argument("--json", action="store_true")
+    _add_asking(ask)
+
+    compare = command("compare", _compare, "Train and measure several configurations on one data set; write a report.")
+    compare.add_argument("data", help="a data set")
+    compare.add_argument("--out", required=True, help="the folder of the runs, report.html and results.json")
+    compare.add_argument("--config", required=True, help="TOML: settings under [base], then [[configurations]] with a name each")
+    _add_machine(compare)
+
+    inspect = command("inspect", _inspect, "Show what a run folder holds.")
+    inspect.add_argument("model", metavar="RUN", help="a run folder")
+    inspect.add_argument("--json", action="store_true")
+
+    verify = command("verify", _verify, "Check every byte of a run folder or data set against its checksums.")
+    verify.add_argument("model", metavar="RUN", help="a run folder or a data set")
+
+    plan = command("plan", _plan, "Propose buckets, repetitions and width for a number of labels, and their cost.")
+    plan.add_argument("--labels", type=_count, required=True, help="K, such as 3000000 or 3m")
+    plan.add_argument("--features", type=_count, help="F, to count the encoders' input layers too")
+    plan.add_argument("--memory", type=_count, help="for training, such as 8G or 8GiB")
+    plan.add_argument("--hidden", type=int, default=512, help="D, the widest hidden vector to propose (default 512)")
+    plan.add_argument("--delta", type=float, default=0.01, help="allowed chance that two labels share all buckets (default 0.01)")
+    plan.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting of `Config`; what is not given keeps the file's value or the default."""
+    group = parser.add_argument_group("settings")
+    hints = get_type_hints(Config)
+    for f in fields(Config):
+        flag, hint, text = "--" + f.name.replace("_", "-"), hints[f.name], f"{f.metadata['help']} (default {f.default})"
+        options: dict[str, Any] = {"default": None, "help": text.replace("%", "%%"), "dest": f.name}
+        if f.name == "repetitions":
+            group.add_argument(flag, metavar="R|a-b", **{**options, "help": options["help"] + ", or their numbers: 0-7"})
+        elif hint is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(hint) is Literal:
+            group.add_argument(flag, choices=get_args(hint), **options)
+        else:
+            group.add_argument(flag, type=_plain_value, metavar=f.name.upper()[:1], **options)
+
+
+def _plain_value(text: str) -> Any:
+    """Read a number as int or float where it is one; `Config` judges it."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda:i (default auto: every GPU, or the CPU)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a GPU, or one)")
+
+
+def _add_asking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--estimator", default="logits", choices=get_args(Estimator), help="how bucket scores make a label's")
+    parser.add_argument("--repetitions", help="decode with some of the repetitions only: a count, or numbers such as 0-7")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out repetitions that are missing or broken")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda:i")
+
+
+def _count(text: str) -> int:
+    """Read `3000000`, `3m`, `8G`, `8GiB`."""
+    number = text.lower().removesuffix("b")
+    digits = number.rstrip("kmgti")
+    try:
+        return round(float(digits) * UNITS[number[len(digits) :]])
+    except (KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 3000000, 3m, 8G or 8GiB") from None
+
+
+def _say(*texts: Any) -> None:
+    print(*texts, flush=True)
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error while the block runs; yield a function of (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(text, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from mach.data import prepare
+
+    with _bar("preparing") as progress:
+        dataset = prepare(
+            args.source,
+            args.out,
+            test=args.test,
+            dev=args.dev,
+            format=args.format,
+            max_features=args.max_features,
+            progress=progress,
+        )
+    _say(_describe(dataset))
+
+
+def _describe(dataset: Dataset) -> str:
+    splits = ", ".join(f"{name} {dataset.split(name).n_samples:,}" for name in dataset.split_names)
+    return f"{dataset.path}: {splits} samples, {dataset.n_features:,} features, {dataset.n_labels:,} labels"
+
+
+def _dataset(path: str, out: str) -> Dataset:
+    """Open a data set, or prepare a folder of text files once, beside the run."""
+    from mach.data import Dataset, prepare
+
+    if (Path(path) / "manifest.json").exists() or not any(Path(path).glob("train.*")):
+        return Dataset.open(path)
+    beside = Path(out).with_name(Path(out).name + ".data")
+    with _bar(f"preparing {beside}") as progress:
+        return prepare(path, beside, progress=progress)
+
+
+def _train(args: argparse.Namespace) -> None:
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    base = load_config(args.config) if args.config else Config()
+    numbers = None
+    if (text := given.pop("repetitions", None)) is not None:
+        from mach.store.folder import parse_repetitions
+
+        numbers = parse_repetitions(text)
+        given["repetitions"] = max(numbers) + 1
+    config = base.replace(**given)
+    from mach.parallel import train
+    from mach.store import Run
+
+    dataset = _dataset(args.data, args.out)
+    train(
+        config,
+        dataset,
+        args.out,
+        repetitions=numbers,
+        device=args.device,
+        workers=args.workers,
+        resume=args.resume,
+        checkpoint_s=args.checkpoint_seconds,
+        tensorboard=args.tensorboard,
+        progress=True,
+    )
+    records = Run.open(args.out).records().values()
+    total = sum(r["parameters"] for r in records), sum(r["bytes"] for r in records), sum(r["train_s"] for r in records)
+    _say(f"{args.out}: {len(records)} repetitions, {total[0]:,} parameters, {total[1]:,} bytes, {total[2]:.1f} s of training")
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from mach.store import Run
+    from mach.store.folder import parse_repetitions
+
+    numbers = parse_repetitions(args.repetitions) if args.repetitions else None
+    run = Run.open(args.model)
+    return run, run.load(numbers, skip_broken=args.skip_broken, device=args.device)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from mach.data import Dataset
+    from mach.store.predictions import write_predictions
+
+    run, model = _load(args)
+    dataset = Dataset.open(args.data)
+    with _bar("predicting") as progress:
+        write_predictions(
+            model,
+            dataset,
+            args.split,
+            args.out,
+            k=min(100, model.sizes.n_labels) if args.top_k is None else args.top_k,
+            estimator=args.estimator,
+            run_key=run.manifest["key"],
+            progress=progress,
+        )
+    _say(f"{args.out}: {dataset.split(args.split).n_samples:,} rows")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from mach.compare.evaluate import evaluate
+    from mach.data import Dataset
+
+    found = evaluate(args.predictions, Dataset.open(args.data), args.split, propensity=args.propensity, threshold=args.threshold)
+    if args.json:
+        return _say(json.dumps(found))
+    for name in sorted(found, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2] or 0))):
+        _say(f"{name:>10} {100 * found[name]:6.2f}")
+
+
+def _ask(args: argparse.Namespace) -> None:
+    _, model = _load(args)
+    top = model.predict_topk(args.text, args.top_k, estimator=args.estimator)
+    shares = _shares(top.scores, args.estimator, len(model.repetitions))
+    for text, labels, scores, share in zip(args.text, top.labels.tolist(), top.scores.tolist(), shares, strict=True):
+        if args.json:
+            answers = [{"label": k, "name": model.name_of(k), "score": s} for k, s in zip(labels, scores, strict=True)]
+            _say(json.dumps({"text": text, "answers": answers}, ensure_ascii=False))
+            continue
+        _say(text)
+        for label, part in zip(labels, share, strict=True):
+            _say(f"  {_bar_text(part)} {part:4.2f}  {model.name_of(label)}")
+
+
+def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]]:
+    """Put scores on a scale from 0 to 1 for people: the mean of logits or of log-probabilities as a probability."""
+    if estimator == "logits":
+        return [[1 / (1 + math.exp(-max(-60.0, s / n_repetitions))) for s in row] for row in scores.tolist()]
+    if estimator == "log-probs":
+        return [[math.exp(min(0.0, s / n_repetitions)) for s in row] for row in scores.tolist()]
+    return [[min(1.0, max(0.0, s)) for s in row] for row in scores.tolist()]
+
+
+def _bar_text(share: float, width: int = 20) -> str:
+    eighths = round(share * width * 8)
+    return (BLOCKS[8] * (eighths // 8) + BLOCKS[eighths % 8].strip()).ljust(width)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from mach.compare.report import render_table
+    from mach.compare.run import compare, read_configurations
+    from mach.data import Dataset
+
+    configurations = read_configurations(args.config)
+    dataset = Dataset.open(args.data)
+    _say(_describe(dataset))
+    rows = compare(dataset, args.out, configurations, device=args.device, workers=args.workers, progress=True, say=_say)
+    Console(width=max(100, Console().width)).print(render_table(rows))
+    _say(f"report: {Path(args.out) / 'report.html'}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from mach.store import Run
+
+    run = Run.open(args.model)
+    records, problems = run.records(), run.problems()
+    if args.json:
+        return _say(json.dumps({"manifest": run.manifest, "repetitions": records, "problems": problems}))
+    sizes, config = run.sizes, run.config
+    counts = f"{sizes.n_labels:,} labels, {sizes.n_buckets:,} buckets, {sizes.n_features:,} features"
+    _say(f"{args.model}: {config.table} table, {counts}")
+    _say(", ".join(f"{name}={value}" for name, value in config.to_dict().items()))
+    for r in sorted({*records, *problems}):
+        record = records.get(r, {})
+        facts = f"{record['parameters']:,} parameters, {record['train_s']:.1f} s" if record else ""
+        _say(f"repetition {r}: {problems.get(r) or 'finished'}  {facts}")
+    for log in sorted((run.path / "logs").glob("*.jsonl")):
+        _say(f"{log.stem}: loss {_spark(_losses(log))}")
+
+
+def _losses(log: Path) -> list[float]:
+    lines = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def _spark(values: Sequence[float], width: int = 60) -> str:
+    """Draw values as a line of block characters, with their first and last; a logarithmic scale, as losses fall fast."""
+    if not values:
+        return "(none yet)"
+    step = max(1.0, len(values) / width)
+    picked = [math.log(max(values[int(i * step)], 1e-12)) for i in range(min(width, len(values)))]
+    low, span = min(picked), (max(picked) - min(picked)) or 1.0
+    drawn = "".join(SPARK[round((v - low) / span * (len(SPARK) - 1))] for v in picked)
+    return f"{values[0]:.3f} {drawn} {values[-1]:.3f}"
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mach.data import Dataset
+    from mach.store import Run
+
+    if (Path(args.model) / "train").is_dir():
+        Dataset.open(args.model).verify()
+        _say(f"{args.model}: every file matches its checksum")
+        return 0
+    run = Run.open(args.model)
+    problems = run.verify()
+    for problem in problems:
+        _say(f"{args.model}: {problem}")
+    if not problems:
+        _say(f"{args.model}: {len(run.finished())} repetitions, every file matches its checksum")
+    return 2 if problems else 0
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from mach.hashing.bounds import propose
+
+    plan = propose(args.labels, args.features, args.memory, args.delta, args.hidden)
+    if args.json:
+        return _say(json.dumps(asdict(plan)))
+    _say(f"{plan.n_labels:,} labels: --buckets {plan.n_buckets} --repetitions {plan.n_repetitions} --hidden {plan.hidden}")
+    _say(f"chance that some two labels share all their buckets: {plan.failure_probability:.2g}")
+    one, every = plan.collisions_one, plan.collisions_all
+    _say(f"labels expected to share a label's bucket: {one:,.1f} in one repetition, {every:.2g} in all")
+    _say(f"{'':26}{'hashed':>16}{'full head':>16}")
+    for text, of in _PLAN_LINES:
+        _say(f"{text:26}{of(plan.hashed):>16,}{of(plan.full):>16,}")
+
+
+_PLAN_LINES: list[tuple[str, Callable[[Cost], int]]] = [
+    ("parameters", lambda cost: cost.parameters),
+    ("  of these in heads", lambda cost: cost.head_parameters),
+    ("bytes of weights", lambda cost: cost.weight_bytes),
+    ("bytes of the table", lambda cost: cost.table_bytes),
+    ("bytes to train at once", lambda cost: cost.training_bytes),
+    ("FLOPs a sample, heads", lambda cost: 2 * cost.head_multiply_adds),
+    ("FLOPs a sample, encoders", lambda cost: 2 * cost.encoder_multiply_adds),
+]

@@ -1,0 +1,169 @@
+"""Train several configurations on one data set, each in a process of its own, and measure all of them alike."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mach.compare.evaluate import evaluator_for
+from mach.compare.report import write_report
+from mach.compare.rows import Facts, Row
+from mach.config import Config, read_toml
+from mach.data import CSR, Dataset, take_rows
+from mach.decoding import decode_topk
+from mach.errors import ConfigError, nearest
+from mach.files import write_json
+from mach.model import DEFAULT_ESTIMATOR, Model
+from mach.parallel import train
+from mach.store import Run
+
+SPLIT = "test"
+TOP_K = 100
+KEYS = ("base", "configurations")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A configuration and what to call it: the name of its run folder and its row."""
+
+    name: str
+    config: Config
+
+
+def read_configurations(path: str | Path) -> list[Named]:
+    """Read a comparison's TOML: settings shared by all under [base], then one [[configurations]] each, with a name.
+
+    Raises: ConfigError naming what is missing or unknown.
+    """
+    values = read_toml(path)
+    for key in values:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, KEYS)} (known: {', '.join(KEYS)})")
+    found = []
+    for number, entry in enumerate(values.get("configurations", []), 1):
+        name = entry.pop("name", None)
+        if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
+            raise ConfigError(f"{path}: configuration {number} needs a name that can be a folder's, got {name!r}")
+        found.append(Named(name, Config.from_dict({**values.get("base", {}), **entry}, where=f"{path}, '{name}'")))
+    names = [named.name for named in found]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"{path}: needs [[configurations]] with different names, got {names or 'none'}")
+    return found
+
+
+def compare(
+    dataset: Dataset,
+    out: str | Path,
+    configurations: Sequence[Named],
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool = False,
+    say: Say = lambda _: None,
+) -> list[Row]:
+    """Train, decode and evaluate each configuration; write results.json and report.html; a second call trains only what is left.
+
+    Each configuration trains and decodes in a fresh process, so that its peak memory is its own.
+    """
+    out = Path(out)
+    dataset.split(SPLIT)  # refuse at once what could only fail at the end
+    rows = []
+    for number, named in enumerate(configurations, 1):
+        say(f"[{number}/{len(configurations)}] {named.name}")
+        arguments = (str(dataset.path), str(out / named.name), named, device, workers, progress)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(_measure, *arguments).result())
+    write_json(out / "results.json", {"data": dataset.fingerprint, "rows": [_plain(row) for row in rows]})
+    write_report(out / "report.html", rows, facts_of(dataset))
+    return rows
+
+
+def _measure(data: str, run_path: str, named: Named, device: str, workers: int | None, progress: bool) -> Row:
+    """Train one configuration and measure it on the test split."""
+    dataset = Dataset.open(data)
+    model = train(named.config, dataset, run_path, device=device, workers=workers, resume=True, progress=progress)
+    run = Run.open(run_path)
+    records = run.records().values()
+    metrics, predict_s, decode_s = measure(model, dataset)
+    return Row(
+        name=named.name,
+        config=run.config.to_dict() | {"buckets": run.sizes.n_buckets, "repetitions": len(records)},
+        metrics=metrics,
+        train_s=sum(record["train_s"] for record in records),
+        parameters=sum(record["parameters"] for record in records),
+        bytes=sum(record["bytes"] for record in records),
+        predict_s=predict_s,
+        decode_s=decode_s,
+        n_test=dataset.split(SPLIT).n_samples,
+        peak_bytes=max(record["peak_bytes"] for record in records),
+        by_repetitions=by_repetitions(model, dataset),
+    )
+
+
+def measure(model: Model, dataset: Dataset) -> tuple[dict[str, float], float, float]:
+    """Give every metric of the test split, the seconds from features to top-k, and of these the seconds of decoding."""
+    split, k = dataset.split(SPLIT), min(TOP_K, dataset.n_labels)
+    evaluator, predict_s, decode_s, start = evaluator_for(dataset), 0.0, 0.0, 0
+    model.predict_topk(_first_rows(split.features), k)  # warm: kernels compiled, weights mapped
+    for features in model.row_chunks(split.features):
+        began = time.perf_counter()
+        logits = model.bucket_logits(features)
+        encoded = time.perf_counter()
+        top = decode_topk(logits, model.table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
+        ended = time.perf_counter()
+        predict_s, decode_s = predict_s + ended - began, decode_s + ended - encoded
+        evaluator.update(top.labels, top.scores, _rows_of(split.labels, start, len(features)))
+        start += len(features)
+    return evaluator.result(), predict_s, decode_s
+
+
+def by_repetitions(model: Model, dataset: Dataset) -> list[tuple[int, dict[str, float]]]:
+    """Give the metrics when only the first 1, 2, 4, ... repetitions are decoded with; nothing for a single repetition."""
+    R = len(model.repetitions)
+    numbers = sorted({2**i for i in range(R.bit_length())} | {R}) if R > 1 else []
+    evaluators = {n: evaluator_for(dataset) for n in numbers}
+    split, k, start = dataset.split(SPLIT), min(5, dataset.n_labels), 0
+    for features in model.row_chunks(split.features) if numbers else ():
+        logits = model.bucket_logits(features)
+        truth = _rows_of(split.labels, start, len(features))
+        for n, evaluator in evaluators.items():
+            table = model.table.select(model.table.repetitions[:n])
+            top = decode_topk(logits[:, :n].copy(), table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
+            evaluator.update(top.labels, None, truth)
+        start += len(features)
+    return [(n, evaluator.result()) for n, evaluator in evaluators.items()]
+
+
+def facts_of(dataset: Dataset) -> Facts:
+    """Give what a report says of the data."""
+    labels = dataset.split("train").labels
+    return Facts(
+        name=dataset.path.resolve().name,
+        n_train=len(labels),
+        n_test=dataset.split(SPLIT).n_samples,
+        n_features=dataset.n_features,
+        n_labels=dataset.n_labels,
+        labels_a_point=labels.nnz / max(1, len(labels)),
+    )
+
+
+def _first_rows(features: Any) -> Any:
+    return features[:8] if not isinstance(features, CSR) else _rows_of(features, 0, min(8, len(features)))
+
+
+def _rows_of(csr: CSR, start: int, n: int) -> CSR:
+    return take_rows(csr, range(start, start + n))
+
+
+def _plain(row: Row) -> Mapping[str, Any]:
+    """Give a row as JSON values."""
+    fields = {name: getattr(row, name) for name in Row.__slots__}
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain

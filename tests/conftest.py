@@ -1,0 +1,68 @@
+"""What every test shares: one thread (bits and speed), and two tiny planted data sets that a model must solve."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mach.data import write_dataset
+
+torch.set_num_threads(1)
+
+N_LABELS, N_FEATURES = 40, 50  # K, F
+
+
+def planted(seed: int, n_samples: int) -> tuple[sp.csr_array, sp.csr_array]:
+    """Draw samples of one to three labels; each label adds its own four features, and a little noise is strewn over all."""
+    signatures = np.stack([np.random.default_rng([7, k]).choice(N_FEATURES, 4, replace=False) for k in range(N_LABELS)])
+    rng = np.random.default_rng(seed)
+    X, Y = np.zeros((n_samples, N_FEATURES), np.float32), np.zeros((n_samples, N_LABELS), np.float32)
+    for i in range(n_samples):
+        for k in rng.choice(N_LABELS, rng.integers(1, 4), replace=False):
+            Y[i, k] = 1
+            X[i, signatures[k]] += 1
+    X += np.float32(0.1) * (rng.random(X.shape) < 0.02)
+    return sp.csr_array(X), sp.csr_array(Y)
+
+
+def planted_splits():
+    return {"train": planted(0, 200), "test": planted(1, 60), "dev": planted(2, 40)}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A data set of sparse features with splits train (200 samples), test (60) and dev (40): to read, not to change."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "tiny", planted_splits())
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory):
+    """The same with dense features."""
+    splits = {name: (X.toarray(), Y) for name, (X, Y) in planted_splits().items()}
+    return write_dataset(tmp_path_factory.mktemp("data") / "dense", splits)
+
+
+class Largest(TorchDispatchMode):
+    """Note the most elements of any tensor that an operation inside the block makes; views are not counted."""
+
+    n_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.n_elements = max([self.n_elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.fixture
+def largest():
+    """`with largest: ...`, then `largest.n_elements`."""
+    return Largest()

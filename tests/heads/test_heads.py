@@ -1,0 +1,159 @@
+"""The head's step against autograd over a dense float64 head: loss, gradients, chunks, memory."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mach.config import Loss
+from mach.heads import LinearHead, Positives
+
+CPU = torch.device("cpu")
+LOSSES = get_args(Loss)
+
+
+def positives_of(is_positive_RNB):
+    """Turn a boolean array (R, N, B) into Positives by way of one CSR a repetition."""
+    csr = []
+    for is_positive in is_positive_RNB:
+        csr.append((np.concatenate([[0], is_positive.sum(1).cumsum()]), np.nonzero(is_positive)[1].astype(np.int32)))
+    return Positives.of(csr, CPU)
+
+
+def loss_reference(z_NB, is_positive_NB, loss):
+    """Read like the formulas: the loss summed over a sample's outputs, mean over samples, with y given densely."""
+    y = is_positive_NB.to(z_NB.dtype)
+    if loss == "logistic":
+        return (torch.log1p(torch.exp(-z_NB.abs())) + z_NB.clamp(min=0) - y * z_NB).sum() / len(z_NB)
+    if loss == "squared-hinge":
+        return ((1 - (2 * y - 1) * z_NB).clamp(min=0) ** 2).sum() / len(z_NB)
+    shares = y / y.sum(1, keepdim=True).clamp(min=1)
+    return -(shares * torch.log_softmax(z_NB, 1)).sum() / len(z_NB)
+
+
+def reference(hidden, weight, bias, is_positive, loss):
+    """Give by autograd the losses (R,) and the gradients of hidden, weight and bias, with dense float64 targets."""
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    values = [loss_reference(h @ w.T + b, y, loss) for h, w, b, y in zip(*leaves, torch.from_numpy(is_positive), strict=True)]
+    torch.stack(values).sum().backward()
+    return torch.stack(values).detach(), *(x.grad for x in leaves)
+
+
+def step(hidden, weight, bias, positives, loss, *, chunk_bytes, want_loss=True):
+    """Take the head's step; give what `reference` gives, each bucket's gradients put together from the chunks."""
+    found, seen = {"head.weight": torch.full_like(weight, math.nan), "head.bias": torch.full_like(bias, math.nan)}, []
+
+    def update(name, buckets, gradient):
+        found[name][:, buckets] = gradient
+        seen.append((name, buckets))
+        {"head.weight": weight, "head.bias": bias}[name][:, buckets] = 1e30  # what comes after must not look at old chunks
+
+    head = LinearHead(weight, bias, chunk_bytes=chunk_bytes)
+    grad_hidden, value = head.step(hidden, positives, loss=loss, update=update, want_loss=want_loss)
+    for name in found:
+        visited = [b for n, buckets in seen if n == name for b in range(buckets.start, buckets.stop)]
+        assert visited == list(range(weight.shape[1]))
+    return value, grad_hidden, found["head.weight"], found["head.bias"]
+
+
+@st.composite
+def problems(draw):
+    R, N, B, D = (draw(st.integers(1, high)) for high in (3, 5, 23, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    is_positive = rng.random((R, N, B)) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=shape)) for shape in ((R, N, D), (R, B, D), (R, B)))
+    return hidden, weight * draw(st.sampled_from([1.0, 10.0])), bias, is_positive
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from(LOSSES), st.integers(1, 26))
+def test_a_step_equals_autograd_for_any_chunk(problem, loss, width):
+    hidden, weight, bias, is_positive = problem
+    R, N, _ = hidden.shape
+    truth = reference(hidden, weight, bias, is_positive, loss)
+    found = step(hidden, weight.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=width * R * N * 8)
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 2 * 16 * 7, 1 << 30])
+def test_float32_errs_by_rounding_only(loss, chunk_bytes):
+    rng = np.random.default_rng(3)
+    is_positive = rng.random((2, 16, 50)) < 0.05
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)).float() for s in ((2, 16, 8), (2, 50, 8), (2, 50)))
+    truth = reference(hidden.double(), weight.double(), bias.double(), is_positive, loss)
+    found = step(hidden, weight.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes)
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_optional_and_changes_nothing(loss):
+    rng = np.random.default_rng(4)
+    is_positive = rng.random((2, 3, 9)) < 0.3
+    tensors = [torch.from_numpy(rng.normal(size=s)) for s in ((2, 3, 4), (2, 9, 4), (2, 9))]
+    with_loss, without = (
+        step(tensors[0], tensors[1].clone(), tensors[2].clone(), positives_of(is_positive), loss, chunk_bytes=240, want_loss=want)
+        for want in (True, False)
+    )
+    assert without[0] is None
+    for a, b in zip(with_loss[1:], without[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_large_outputs_stay_finite(loss):
+    hidden, weight, bias = torch.ones(1, 2, 1), torch.tensor([[[500.0], [-500.0], [0.0]]]), torch.zeros(1, 3)
+    is_positive = np.array([[[False, True, False], [True, False, False]]])
+    value, *gradients = step(hidden, weight, bias, positives_of(is_positive), loss, chunk_bytes=1)
+    expected = {"logistic": (1000 + 2 * math.log(2)) / 2, "softmax": 500.0, "squared-hinge": (501**2 * 2 + 2) / 2}[loss]
+    assert value.item() == pytest.approx(expected)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_softmax_leaves_samples_without_positives_alone():
+    hidden, weight, bias = torch.ones(1, 3, 2), torch.ones(1, 5, 2), torch.zeros(1, 5)
+    value, grad_hidden, grad_weight, grad_bias = step(
+        hidden, weight, bias, positives_of(np.zeros((1, 3, 5), bool)), "softmax", chunk_bytes=1
+    )
+    assert value.tolist() == [0.0] and not grad_hidden.any() and not grad_weight.any() and not grad_bias.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_tensor_of_samples_times_buckets_or_buckets_times_width_is_made(largest, loss):
+    R, N, B, D, C = 2, 32, 1000, 16, 20
+    rng = np.random.default_rng(0)
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)) for s in ((R, N, D), (R, B, D), (R, B)))
+    positives = positives_of(rng.random((R, N, B)) < 0.002)
+    head = LinearHead(weight, bias, chunk_bytes=8 * R * N * C)
+    with largest:
+        head.step(hidden, positives, loss=loss, update=lambda *_: None, want_loss=True)
+    of_log_sums = B // C * R * N if loss == "softmax" else 0  # one number a chunk, sample and repetition
+    assert R * N * C <= largest.n_elements <= max(R * N * C, of_log_sums)
+    assert largest.n_elements < min(R * N * B, R * B * D) / 5
+
+
+def test_logits_equal_a_product():
+    rng = np.random.default_rng(1)
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)) for s in ((3, 4, 5), (3, 6, 5), (3, 6)))
+    found = LinearHead(weight, bias).logits(hidden)
+    assert found.shape == (4, 3, 6) and found.is_contiguous()
+    torch.testing.assert_close(found, torch.einsum("rnd,rbd->nrb", hidden, weight) + bias, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**32), st.sampled_from([0.0, 0.3, 1.0]))
+def test_positives_equal_sets(R, N, B, seed, share):
+    is_positive = np.random.default_rng(seed).random((R, N, B)) < share
+    found = positives_of(is_positive)
+    triples = list(zip(found.repetitions.tolist(), found.samples.tolist(), found.buckets.tolist(), strict=True))
+    truth = {(r, n, b) for r in range(R) for n in range(N) for b in range(B) if is_positive[r, n, b]}
+    assert triples == sorted(truth)
+    assert found.counts_RN.tolist() == [[len({b for r, m, b in truth if (r, m) == (q, n)}) for n in range(N)] for q in range(R)]
+    assert {x.dtype for x in (found.repetitions, found.samples, found.buckets, found.counts_RN)} == {torch.int64}

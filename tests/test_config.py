@@ -1,0 +1,152 @@
+"""Config: every message, the nearest key, the round trip through TOML, the automatic B."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mach.config import AUTO, Config, Family, Loss, TableKind, dump_toml, load_config, read_toml
+from mach.errors import ConfigError
+
+REALS = {"learning_rate", "input_learning_rate", "weight_decay"}
+SHARES = {"dropout": 0.99, "warmup": 1, "validation": 0.9}
+configs = st.builds(
+    Config,
+    table=st.sampled_from(get_args(TableKind)),
+    family=st.sampled_from(get_args(Family)),
+    loss=st.sampled_from(get_args(Loss)),
+    buckets=st.one_of(st.just(AUTO), st.integers(2, 2**62)),
+    seed=st.integers(0, 2**63 - 1),
+    normalize=st.booleans(),
+    layers=st.integers(0, 64),
+    **{name: st.one_of(st.integers(0, 9), st.floats(0, 1e30)) for name in REALS},
+    **{name: st.one_of(st.just(0), st.floats(0, high)) for name, high in SHARES.items()},
+    **{name: st.integers(1, 10**9) for name in ("repetitions", "hidden", "epochs", "batch_size")},
+)
+
+
+@given(configs)
+def test_toml_gives_back_the_same_config(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("c") / "config.toml"
+    path.write_text(dump_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert repr(load_config(path)) == repr(config)
+
+
+def test_toml_is_plain():
+    text = dump_toml(Config())
+    assert 'loss = "logistic"' in text and "normalize = true" in text
+    assert len(text.splitlines()) == len(fields(Config))
+
+
+@given(configs)
+def test_replace_and_dict_keep_everything_else(config):
+    assert Config.from_dict(config.to_dict()) == config
+    changed = config.replace(hidden=3, loss="squared_hinge")
+    assert changed.to_dict() == config.to_dict() | {"hidden": 3, "loss": "squared-hinge"}
+
+
+@pytest.mark.parametrize("number", [1, 1.0, np.float64(1)])
+def test_equal_settings_are_written_alike(number):
+    """A run's key is a hash of the settings as text: 1, 1.0 and numpy's 1.0 must not make three ensembles."""
+    assert repr(Config(learning_rate=number)) == repr(Config(learning_rate=1.0))
+    assert repr(Config(loss=np.str_("softmax"))) == repr(Config(loss="softmax"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden": 0}, r"hidden=0 must lie in \[1, inf\]"),
+        ({"buckets": 1}, r"buckets=1 must lie in \[2, inf\]"),
+        ({"buckets": 2.5}, r"buckets=2\.5 must be int or 'auto'"),
+        ({"buckets": "all"}, r"buckets='all' must be one of 'auto'"),
+        ({"buckets": True}, r"buckets=True must be int or 'auto'"),
+        ({"layers": 65}, r"layers=65 must lie in \[0, 64\]"),
+        ({"dropout": 1.0}, r"dropout=1\.0 must lie in \[0, 0\.99\]"),
+        ({"warmup": 1.01}, r"warmup=1\.01 must lie in \[0, 1\]"),
+        ({"learning_rate": -1e-9}, r"learning_rate=-1e-09 must lie in \[0, inf\]"),
+        ({"learning_rate": math.inf}, r"learning_rate=inf must lie in \[0, inf\]"),
+        ({"learning_rate": math.nan}, r"learning_rate=nan must lie in \[0, inf\]"),
+        ({"learning_rate": None}, r"learning_rate=None must be float"),
+        ({"seed": -1}, r"seed=-1 must lie in \[0, 9223372036854775807\]"),
+        ({"seed": 2**63}, r"seed=9223372036854775808 must lie in"),
+        ({"hidden": "64"}, r"hidden='64' must be an? int"),
+        ({"normalize": 1}, r"normalize=1 must be bool"),
+        ({"normalize": "yes"}, r"normalize='yes' must be a bool"),
+        ({"loss": 3}, r"loss=3 must be 'logistic' or 'softmax' or 'squared-hinge'"),
+        (
+            {"loss": "softmx"},
+            r"loss='softmx' must be one of 'logistic', 'softmax', 'squared-hinge'; did you mean 'softmax'\?",
+        ),
+        ({"table": "hash"}, r"table='hash' must be one of 'hashed', 'identity'; did you mean 'hashed'\?"),
+        ({"family": "md5"}, r"family='md5' must be one of 'carter-wegman', 'multiply-shift', 'xxhash'$"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [("bucket", "; did you mean 'buckets'?"), ("learningrate", "; did you mean 'learning_rate'?"), ("zz", "")],
+)
+def test_an_unknown_key_gets_the_nearest(key, suggestion):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict({"hidden": 8, key: 1}, where="a.toml")
+    known = ", ".join(f.name for f in fields(Config))
+    assert str(caught.value) == f"a.toml: unknown key '{key}'{suggestion} (known: {known})"
+
+
+def test_underscores_in_values_are_hyphens():
+    config = Config.from_dict({"loss": "squared_hinge", "family": "multiply_shift"})
+    assert (config.loss, config.family) == ("squared-hinge", "multiply-shift")
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(AttributeError):
+        Config().hidden = 3
+
+
+@given(st.integers(2, 2**40))
+def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
+    buckets, wish = Config().n_buckets(n_labels), 8 * math.sqrt(n_labels)
+    assert 2 <= buckets <= n_labels
+    if buckets < n_labels:
+        assert buckets & (buckets - 1) == 0
+        assert wish / math.sqrt(2) * (1 - 1e-12) <= buckets <= wish * math.sqrt(2) * (1 + 1e-12)
+    else:
+        assert wish * math.sqrt(2) > n_labels
+
+
+@pytest.mark.parametrize(("n_labels", "buckets"), [(2, 2), (64, 64), (100, 64), (4271, 512), (235_000, 4096), (3_000_000, 16384)])
+def test_automatic_buckets_are_frozen(n_labels, buckets):
+    assert Config().n_buckets(n_labels) == buckets
+
+
+def test_buckets_given_or_of_the_full_head():
+    assert Config(buckets=7).n_buckets(7) == 7
+    assert Config(table="identity", buckets=7, repetitions=5).n_buckets(1000) == 1000
+    assert Config(table="identity", repetitions=5).n_repetitions() == 1
+    assert Config(repetitions=5).n_repetitions() == 5
+    with pytest.raises(ConfigError, match=r"buckets=8 must lie in \[2, 7\], the number of labels of this data set"):
+        Config(buckets=8).n_buckets(7)
+
+
+def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\)"):
+        read_toml(tmp_path / "none.toml")
+    path = tmp_path / "bad.toml"
+    for content in (b"hidden = ", b"\xff = 1"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"bad\.toml: is not TOML: "):
+            read_toml(path)
+    path.write_text("hiden = 4")
+    with pytest.raises(ConfigError, match=r"bad\.toml: unknown key 'hiden'; did you mean 'hidden'\?"):
+        load_config(path)
