@@ -11,13 +11,13 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mach.config import Config, Estimator, load_config
-from mach.errors import MachError
+from mach.errors import MachError, ModelError
 
 if TYPE_CHECKING:
     from mach.data import Dataset
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit status."""
     args = _parser().parse_args(argv)
     try:
-        status: int | None = args.run(args)
-        return status or 0
+        args.run(args)
+        return 0
     except MachError as error:
         print(f"mach {args.command}: {error}", file=sys.stderr)
         return 2
@@ -44,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mach", description="Classification over millions of labels: hashed ensembles and full heads."
-    )
+    parser = _Parser(prog="mach", description="Classification over millions of labels: hashed ensembles and full heads.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
@@ -178,7 +183,8 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(text, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
@@ -210,7 +216,8 @@ def _dataset(path: str, out: str) -> Dataset:
 
     if (Path(path) / "manifest.json").exists() or not any(Path(path).glob("train.*")):
         return Dataset.open(path)
-    beside = Path(out).with_name(Path(out).name + ".data")
+    run = Path(out).resolve()
+    beside = run.with_name(run.name + ".data")
     with _bar(f"preparing {beside}") as progress:
         return prepare(path, beside, progress=progress)
 
@@ -243,7 +250,11 @@ def _train(args: argparse.Namespace) -> None:
     )
     records = Run.open(args.out).records().values()
     total = sum(r["parameters"] for r in records), sum(r["bytes"] for r in records), sum(r["train_s"] for r in records)
-    _say(f"{args.out}: {len(records)} repetitions, {total[0]:,} parameters, {total[1]:,} bytes, {total[2]:.1f} s of training")
+    _say(f"{args.out}: {_repetitions(len(records))}, {total[0]:,} parameters, {total[1]:,} bytes, {total[2]:.1f} s of training")
+
+
+def _repetitions(n: int) -> str:
+    return f"{n} repetition{'' if n == 1 else 's'}"
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -279,10 +290,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mach.compare.evaluate import evaluate
     from mach.data import Dataset
 
-    found = evaluate(args.predictions, Dataset.open(args.data), args.split, propensity=args.propensity, threshold=args.threshold)
+    dataset = Dataset.open(args.data)
+    found = evaluate(args.predictions, dataset, args.split, propensity=args.propensity, threshold=args.threshold)
     if args.json:
         return _say(json.dumps(found))
-    for name in sorted(found, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2] or 0))):
+    _say(f"{args.predictions}: {dataset.split(args.split).n_samples:,} samples, in percent")
+    kinds = list(dict.fromkeys(name.partition("@")[0] for name in found))
+    for name in sorted(found, key=lambda name: kinds.index(name.partition("@")[0])):  # k rises already
         _say(f"{name:>10} {100 * found[name]:6.2f}")
 
 
@@ -341,20 +355,25 @@ def _inspect(args: argparse.Namespace) -> None:
     _say(f"{args.model}: {config.table} table, {counts}")
     _say(", ".join(f"{name}={value}" for name, value in config.to_dict().items()))
     for r in sorted({*records, *problems}):
-        record = records.get(r, {})
-        facts = f"{record['parameters']:,} parameters, {record['train_s']:.1f} s" if record else ""
-        _say(f"repetition {r}: {problems.get(r) or 'finished'}  {facts}")
+        if r in problems:
+            _say(f"repetition {r} {problems[r]}")
+        else:
+            _say(f"repetition {r}: {records[r]['parameters']:,} parameters, {records[r]['train_s']:.1f} s of training")
     for log in sorted((run.path / "logs").glob("*.jsonl")):
         _say(f"{log.stem}: loss {_spark(_losses(log))}")
 
 
 def _losses(log: Path) -> list[float]:
-    lines = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    losses = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a line cut short, where the disk was full
+            losses.append(json.loads(line).get("loss"))
+    return [loss for loss in losses if loss is not None]
 
 
 def _spark(values: Sequence[float], width: int = 60) -> str:
     """Draw values as a line of block characters, with their first and last; a logarithmic scale, as losses fall fast."""
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return "(none yet)"
     step = max(1.0, len(values) / width)
@@ -364,21 +383,18 @@ def _spark(values: Sequence[float], width: int = 60) -> str:
     return f"{values[0]:.3f} {drawn} {values[-1]:.3f}"
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> None:
     from mach.data import Dataset
     from mach.store import Run
 
     if (Path(args.model) / "train").is_dir():
         Dataset.open(args.model).verify()
-        _say(f"{args.model}: every file matches its checksum")
-        return 0
+        return _say(f"{args.model}: every file matches its checksum")
     run = Run.open(args.model)
     problems = run.verify()
-    for problem in problems:
-        _say(f"{args.model}: {problem}")
-    if not problems:
-        _say(f"{args.model}: {len(run.finished())} repetitions, every file matches its checksum")
-    return 2 if problems else 0
+    if problems:
+        raise ModelError(f"{args.model}: {'; '.join(problems)}")
+    _say(f"{args.model}: {_repetitions(len(run.finished()))}, every file matches its checksum")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -396,6 +412,8 @@ def _plan(args: argparse.Namespace) -> None:
     _say(f"{'':26}{'hashed':>16}{'full head':>16}")
     for text, of in _PLAN_LINES:
         _say(f"{text:26}{of(plan.hashed):>16,}{of(plan.full):>16,}")
+    if args.features is None:
+        _say("without the encoders' input layers; give --features to count them, too")
 
 
 _PLAN_LINES: list[tuple[str, Callable[[Cost], int]]] = [

@@ -45,7 +45,7 @@ class Config:
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
 
     loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
-    epochs: int = _setting(8, "passes over the training samples", 1)
+    epochs: int = _setting(6, "passes over the training samples", 1)
     batch_size: int = _setting(256, "samples a step", 1)
     learning_rate: float = _setting(2e-3, "peak step size of AdamW, after the warm-up", 0)
     input_learning_rate: float = _setting(3e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)

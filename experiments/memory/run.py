@@ -1,6 +1,6 @@
 """Does peak memory grow with N or K? Trains, predicts and decodes on growing parts of one data set, each in a fresh process.
 
-    python experiments/memory/run.py DATA --out runs/memory [--parts 0.25,1] [--hidden 64]
+    python experiments/memory/run.py DATA --out runs/memory [--hashed 0.25,1] [--full 0.05,0.2] [--hidden 64]
 
 DATA is a folder of XC-repository text. One epoch each. Prints the parameters' bytes, the peak of
 each process, and what a dense N x K matrix of float32 would take.
@@ -60,7 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", default="0.25,1")
+    parser.add_argument("--hashed", default="0.25,1", help="shares of the data set for the hashed ensemble")
+    parser.add_argument("--full", default="0.05,0.2", help="shares of the data set for the full head")
     parser.add_argument("--hidden", type=int, default=64)
     args = parser.parse_args()
     whole = mach.prepare(args.data, args.out / "data")
@@ -69,24 +70,24 @@ def main() -> None:
         "| N train / test | K | head | weights MB | train s | start -> peak MB | predict s | start -> peak MB | dense N K, MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for share in map(float, args.parts.split(",")):
-        path = part_of(whole, share, args.out / f"part-{share}")
-        dataset = mach.Dataset.open(path)
-        n_train, n_test = (dataset.split(name).n_samples for name in ("train", "test"))
-        for table in ("hashed", "identity"):
-            config = mach.Config(table=table, hidden=args.hidden, epochs=1)
-            run = args.out / f"{table}-{share}"
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                t = pool.submit(train, str(path), str(run), config).result()
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                p = pool.submit(predict, str(path), str(run), str(run) + ".parquet").result()
-            weights = sum(file.stat().st_size for file in run.glob("*.safetensors")) / 1e6
-            dense = 4 * (n_train + n_test) * dataset.n_labels / 1e6
-            figures = [f"{weights:.0f}", *(x for s, low, high in (t, p) for x in (f"{s:.0f}", f"{low:.0f} -> {high:.0f}"))]
-            print(
-                f"| {n_train:,} / {n_test:,} | {dataset.n_labels:,} | {table} | {' | '.join(figures)} | {dense:,.0f} |",
-                flush=True,
-            )
+    for table, shares in (("hashed", args.hashed), ("identity", args.full)):
+        for share in map(float, shares.split(",")):
+            measure(part_of(whole, share, args.out / f"part-{share}"), table, args.out / f"{table}-{share}", args.hidden)
+
+
+def measure(path: Path, table: str, run: Path, hidden: int) -> None:
+    """Train and predict one table on one part, each in a fresh process; print a row."""
+    dataset = mach.Dataset.open(path)
+    n_train, n_test = (dataset.split(name).n_samples for name in ("train", "test"))
+    config = mach.Config(table=table, hidden=hidden, epochs=1)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        t = pool.submit(train, str(path), str(run), config).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        p = pool.submit(predict, str(path), str(run), f"{run}.parquet").result()
+    weights = sum(file.stat().st_size for file in run.glob("*.safetensors")) / 1e6
+    dense = 4 * (n_train + n_test) * dataset.n_labels / 1e6
+    figures = [f"{weights:.0f}", *(x for s, low, high in (t, p) for x in (f"{s:.0f}", f"{low:.0f} -> {high:.0f}"))]
+    print(f"| {n_train:,} / {n_test:,} | {dataset.n_labels:,} | {table} | {' | '.join(figures)} | {dense:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

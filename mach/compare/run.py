@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mach.compare.rows import Facts, Row
 from mach.config import Config, read_toml
 from mach.data import CSR, Dataset, take_rows
 from mach.decoding import decode_topk
-from mach.errors import ConfigError, nearest
+from mach.errors import ConfigError, DataError, ModelError, nearest
 from mach.files import write_json
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
@@ -71,17 +72,28 @@ def compare(
     """Train, decode and evaluate each configuration; write results.json and report.html; a second call trains only what is left.
 
     Each configuration trains and decodes in a fresh process, so that its peak memory is its own.
+
+    Raises: DataError without a test split, or if the report cannot be written; ConfigError or ModelError as `mach.train`, for
+            any of the configurations, before the first is trained.
     """
     out = Path(out)
-    dataset.split(SPLIT)  # refuse at once what could only fail at the end
+    dataset.split(SPLIT)  # refuse at once what could only fail after hours
+    for named in configurations:
+        Run.create(out / named.name, named.config, dataset)
     rows = []
     for number, named in enumerate(configurations, 1):
         say(f"[{number}/{len(configurations)}] {named.name}")
         arguments = (str(dataset.path), str(out / named.name), named, device, workers, progress)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(_measure, *arguments).result())
-    write_json(out / "results.json", {"data": dataset.fingerprint, "rows": [_plain(row) for row in rows]})
-    write_report(out / "report.html", rows, facts_of(dataset))
+            try:
+                rows.append(pool.submit(_measure, *arguments).result())
+            except BrokenProcessPool as error:
+                raise ModelError(f"{out / named.name}: its process was killed, perhaps for want of memory; run again") from error
+    try:
+        write_json(out / "results.json", {"data": dataset.fingerprint, "rows": [_plain(row) for row in rows]})
+        write_report(out / "report.html", rows, facts_of(dataset))
+    except OSError as error:
+        raise DataError(f"{out}: the report cannot be written ({error}); run again: what is trained stays") from error
     return rows
 
 

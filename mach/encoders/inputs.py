@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from mach.data import CSR
 
-GRADIENT_BYTES = 16 << 20  # of one block of row gradients: small enough to stay near the cores
+GRADIENT_BYTES = 2 << 20  # of one block of row gradients: small enough to stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def train(
     folder, temporary = (Path(out), None) if out is not None else _temporary()
     run = Run.create(folder, config, dataset)
     devices = _devices(device)
-    n_workers = workers or len(devices)
+    n_workers = len(devices) if workers is None else workers
     if n_workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
     begun = _underway(run, wanted, resume)
@@ -95,7 +95,7 @@ def _run(jobs: Sequence[Job], n_workers: int, progress: bool) -> None:
 
 
 def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:
-    wanted = list(range(config.n_repetitions())) if repetitions is None else list(repetitions)
+    wanted = sorted(set(range(config.n_repetitions()) if repetitions is None else repetitions))
     if not wanted or min(wanted) < 0:
         raise ConfigError(f"repetitions={wanted} must be numbers from 0 on, at least one")
     if config.table == "identity" and wanted != [0]:

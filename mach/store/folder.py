@@ -37,6 +37,7 @@ from mach.model import Model, Packed, Sizes
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MAX_REPETITIONS = 100_000
 
 
 def sizes_of(config: Config, dataset: Dataset) -> Sizes:
@@ -89,10 +90,12 @@ class Run:
             raise ModelError(f"{path}: is not a run folder (no readable {MANIFEST}); make one with `mach train`") from error
         except ValueError as error:
             raise ModelError(f"{path / MANIFEST}: is broken: {error}") from error
+        if "splits" in manifest:
+            raise ModelError(f"{path}: is a data set, not a run folder; choose another folder for the run")
         if manifest.get("format") != FORMAT:
             found = manifest.get("format")
             raise ModelError(f"{path}: has model format {found}, this version of mach reads format {FORMAT}; train it again")
-        if manifest.get("checksum") != _manifest_checksum(manifest):
+        if manifest.get("checksum") != _own_checksum(manifest):
             raise ModelError(f"{path / MANIFEST}: does not match its own checksum; restore it from a copy, or train again")
         return cls(path, manifest)
 
@@ -104,13 +107,13 @@ class Run:
         """
         path = Path(path)
         facts = _facts(config, dataset)
-        if (path / MANIFEST).exists():
-            run = cls.open(path)
-            run._refuse_other(facts)
-            if config.n_repetitions() <= run.manifest["repetitions"]:
-                return run
-            return run._write_manifest(dict(run.manifest) | {"repetitions": config.n_repetitions()})
         try:
+            if (path / MANIFEST).exists():
+                run = cls.open(path)
+                run._refuse_other(facts)
+                if config.n_repetitions() <= run.manifest["repetitions"]:
+                    return run
+                return run._write_manifest(dict(run.manifest) | {"repetitions": config.n_repetitions()})
             path.mkdir(parents=True, exist_ok=True)
             files = _copy_shared(dataset, path)
             return cls(path, {})._write_manifest(facts | {"repetitions": config.n_repetitions(), "files": files})
@@ -134,6 +137,7 @@ class Run:
         """
         weights = self.weights_path(repetition)
         try:
+            weights.with_suffix(".json").unlink(missing_ok=True)  # a record never speaks of other weights
             with atomic(weights) as temporary:
                 save_file(dict(parameters), temporary, metadata={"format": "pt", "run": self._key()})
             record = {
@@ -145,7 +149,7 @@ class Run:
                 "versions": versions(),
                 **facts,
             }
-            write_json(weights.with_suffix(".json"), record)
+            write_json(weights.with_suffix(".json"), {**record, "checksum": _own_checksum(record)})
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelError(f"{weights}: cannot be written ({error}); repetitions finished before are safe") from error
 
@@ -154,13 +158,17 @@ class Run:
         return self.path / f"repetition-{repetition:03d}.safetensors"
 
     def records(self) -> dict[int, dict[str, Any]]:
-        """Give the record of each finished repetition, by its number, whatever the state of its weights."""
+        """Give the record of each finished repetition, by its number, whatever the state of its weights.
+
+        One that cannot be read, or lacks what every record holds, is left out.
+        """
         found = {}
         for file in sorted(self.path.glob("repetition-*.json")):
             try:
                 record = read_json(file)
-                found[int(record["repetition"])] = record
-            except (OSError, ValueError, KeyError):
+                if record.keys() >= {"repetition", "run", "bytes", "xxh3_128", "parameters"}:
+                    found[int(record["repetition"])] = record
+            except (OSError, ValueError, TypeError):
                 continue
         return found
 
@@ -188,8 +196,11 @@ class Run:
     def verify(self) -> list[str]:
         """Read everything and name each problem: flipped bytes, missing and truncated files. Empty when all is well."""
         found = [f"repetition {r} {trouble}" for r, trouble in self.problems().items()]
+        records = self.records()
         for r in self.finished():
-            if checksum(self.weights_path(r)) != self.records()[r]["xxh3_128"]:
+            if records[r].get("checksum") != _own_checksum(records[r]):
+                found.append(f"repetition {r} has changed: its record does not match its own checksum")
+            if checksum(self.weights_path(r)) != records[r]["xxh3_128"]:
                 found.append(f"repetition {r} has changed: {self.weights_path(r).name} does not match its checksum")
         for name, known in self.manifest["files"].items():
             file = self.path / name
@@ -214,16 +225,16 @@ class Run:
             texts = "; ".join(f"repetition {r} {trouble}" for r, trouble in bad.items())
             again = f"train again with --repetitions {format_repetitions(list(bad))}"
             raise ModelError(f"{self.path}: {texts}; {again}, or leave out with --skip-broken")
-        usable = [r for r in wanted if r in finished]
-        if not usable:
+        place = resolve_device(device)
+        held = {r: packed for r in wanted if r in finished and (packed := self._load_one(r, place, skip_broken))}
+        if not held:
             raise ModelError(f"{self.path}: holds no finished repetition yet; train one with `mach train`")
         names = self.label_names()
-        place = resolve_device(device)
         return Model(
             config=self.config,
             sizes=self.sizes,
-            table=self._table(usable, names),
-            repetitions=[self._load_one(r, place) for r in usable],
+            table=self._table(list(held), names),
+            repetitions=list(held.values()),
             device=place,
             vectorizer=self._vectorizer(),
             label_names=names,
@@ -250,13 +261,14 @@ class Run:
         stored = dict(self.manifest["table"]) | {"repetitions": list(repetitions)}
         return LabelTable.from_dict(stored, label_names=names if self.config.family == "xxhash" else None)
 
-    def _load_one(self, repetition: int, device: torch.device) -> Packed:
+    def _load_one(self, repetition: int, device: torch.device, skip_broken: bool) -> Packed | None:
         path = self.weights_path(repetition)
         try:
-            parameters = load_file(path, device=str(device))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{path}: repetition {repetition} is broken ({error}); train it again") from error
-        return Packed.single(parameters, config=self.config, features=self.sizes.features)
+            return Packed.single(load_file(path, device=str(device)), config=self.config, features=self.sizes.features)
+        except (OSError, safetensors.SafetensorError, KeyError) as error:
+            if skip_broken:
+                return None
+            raise ModelError(f"{path}: repetition {repetition} is broken ({error}); delete it and train it again") from error
 
     def _key(self) -> str:
         """Give 16 hexadecimal digits that agree between the parts of one ensemble and between nothing else."""
@@ -276,7 +288,7 @@ class Run:
             raise ModelError(f"{self.path}: was made by a version of mach that hashes otherwise; choose another --out")
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> Run:
-        whole = {**manifest, "checksum": _manifest_checksum(manifest)}
+        whole = {**manifest, "checksum": _own_checksum(manifest)}
         write_json(self.path / MANIFEST, whole)
         return Run(self.path, whole)
 
@@ -313,7 +325,7 @@ def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
     return facts | {"key": xxhash.xxh3_64_hexdigest(repr(facts).encode()), "versions": versions()}
 
 
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+def _own_checksum(manifest: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(repr(sorted((k, v) for k, v in manifest.items() if k != "checksum")).encode())
 
 
@@ -335,18 +347,21 @@ def parse_repetitions(text: str) -> list[int]:
     A bare number is a count; everything else names repetitions.
     Raises: ConfigError if it is none of these.
     """
-    if text.isdigit():
-        if not 1 <= int(text) <= 100_000:
-            raise ConfigError(f"repetitions={text} must be a count in [1, 100000]")
+    text = text.strip()
+    if text.isdecimal():
+        if not 1 <= int(text) <= MAX_REPETITIONS:
+            raise ConfigError(f"repetitions={text} must be a count in [1, {MAX_REPETITIONS}]")
         return list(range(int(text)))
     numbers: set[int] = set()
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
+        high = high if dash else low
+        if not (low.isdecimal() and high.isdecimal() and int(low) <= int(high) < MAX_REPETITIONS):
             raise ConfigError(
-                f"repetitions={text!r} must be a count such as 8, a range such as 0-7 or 3-3, or numbers such as 3,5"
+                f"repetitions={text!r} must be a count such as 8, a range such as 0-7 or 3-3, or numbers such as 3,5, "
+                f"all below {MAX_REPETITIONS}"
             )
-        numbers |= set(range(int(low), int(high or low) + 1))
+        numbers |= set(range(int(low), int(high) + 1))
     return sorted(numbers)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def write_predictions(
     Raises: DataError if the data set does not fit the model or lacks the split, or `out` cannot be written.
     """
     out = Path(out)
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder; give the name of the file to write")
     samples = dataset.split(split)
     if (dataset.n_labels, dataset.n_features) != (model.sizes.n_labels, model.sizes.n_features):
         raise DataError(
@@ -86,6 +89,9 @@ def write_predictions(
         if isinstance(error, MachError):
             raise
         raise DataError(f"{out}: predictions cannot be written ({error}); run the same command again to go on") from error
+    finally:
+        with suppress(OSError):
+            parts.rmdir()  # where nothing was written
 
 
 def _is_of(file: Path, schema: pa.Schema) -> bool:

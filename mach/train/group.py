@@ -67,6 +67,8 @@ def train_group(job: Job) -> None:
                 write_checkpoint(path, group.tensors(), progress)
                 saved = time.monotonic()
         seconds = spent_s + time.perf_counter() - began
+        if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
+            write_checkpoint(path, group.tensors(), _progress(run, group, seconds))
         _finish(run, group, best, seconds)
         log.write_fields({"finished": list(job.repetitions), "seconds": round(seconds, 3)})
     for file in [path, *best]:

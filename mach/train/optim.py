@@ -68,7 +68,7 @@ class Optimizer:
         v <- b2 v + (1 - b2) mean_d g^2;  w <- w - rate g / (sqrt(v / (1 - b2^t)) + eps).  A row's v waits between its batches.
         """
         weight, second = self.parameters[self.row_wise], self.state[f"{self.row_wise}.second"]
-        mean_square = gradient_URD.square().mean(2)
+        mean_square = torch.linalg.vector_norm(gradient_URD, dim=2).square_().div_(gradient_URD.shape[2])
         moment = (second if rows is None else second[rows]).lerp(mean_square, 1 - BETAS[1])
         scale = self.row_rate / ((moment / (1 - BETAS[1] ** self.step)).sqrt_() + EPSILON)
         change = gradient_URD.mul_(scale.unsqueeze(2))

@@ -49,6 +49,7 @@ def without_dev(dataset, path):
         {"table": "identity", "loss": "softmax", "layers": 2, "weight_decay": 0.1},
         {"table": "identity", "loss": "squared-hinge", "normalize": False, "input_learning_rate": 0.003},
         {"loss": "logistic", "layers": 1, "dropout": 0.3},
+        {"loss": "logistic", "dropout": 0.001},
         {"loss": "softmax", "family": "multiply-shift"},
         {"loss": "squared-hinge", "layers": 1},
     ],
