@@ -33,6 +33,25 @@ def atomic(path: str | Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def clear_leftovers(*folders: Path) -> None:
+    """Delete the temporary files that killed processes of this machine left in some folders."""
+    for folder in folders:
+        for file in folder.glob(".*.tmp"):
+            number = file.name.split(".")[-2]
+            if number.isdecimal() and not _is_running(int(number)):
+                file.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the system can."""
     with suppress(OSError):

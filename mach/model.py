@@ -214,17 +214,21 @@ class Model:
 
     def features_of(self, X: Any) -> CSR | np.ndarray:
         """Turn what a user holds into features of the model's kind; see `predict_topk`."""
-        if _is_text(X):
+        if _is_text(X) or (self.vectorizer is not None and isinstance(X, list | tuple) and not X):
             if self.vectorizer is None:
                 raise DataError("the model was trained on features, not on text: give a matrix of features")
             return self.vectorizer.transform([X] if isinstance(X, str) else list(X))
+        if not isinstance(X, CSR) and np.ndim(X) != 2:
+            raise DataError(f"the samples must be a matrix of features (N, F), got {type(X).__name__} of {np.ndim(X)} axes")
         if self.sizes.features == "dense":
+            X = X.to_scipy() if isinstance(X, CSR) else X
             found: CSR | np.ndarray = np.asarray(X.toarray() if sp.issparse(X) else X, dtype=np.float32)
         else:
             found = X if isinstance(X, CSR) else CSR.from_scipy(X)
         width = found.n_columns if isinstance(found, CSR) else found.shape[-1]
         if width != self.sizes.n_features:
             raise DataError(f"the samples have {width} features, the model was trained on {self.sizes.n_features}")
+        _refuse_infinite(found)
         return found
 
     def name_of(self, label: int) -> str:
@@ -232,7 +236,17 @@ class Model:
         return str(label) if self.label_names is None else self.label_names[label]
 
 
+def _refuse_infinite(features: CSR | np.ndarray) -> None:
+    values = features.values if isinstance(features, CSR) else features
+    if values is not None and not np.isfinite(values).all():
+        at = np.argwhere(~np.isfinite(values))[0, 0]
+        sample = np.searchsorted(features.indptr, at, "right") - 1 if isinstance(features, CSR) else at
+        raise DataError(f"sample {sample} holds a value that is not a finite number (NaN or infinite)")
+
+
 def _is_text(X: Any) -> bool:
+    if isinstance(X, np.ndarray):
+        return X.ndim == 1 and X.dtype.kind in "UTO" and all(isinstance(x, str) for x in X[:1])
     return isinstance(X, str) or (isinstance(X, Sequence) and len(X) > 0 and isinstance(X[0], str))
 
 

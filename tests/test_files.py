@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 
 import pytest
 import xxhash
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from mach import files
 from mach.errors import MachError, MissingExtra, nearest
-from mach.files import atomic, checksum, read_json, write_json
+from mach.files import atomic, checksum, clear_leftovers, read_json, write_json
 
 
 def test_the_new_file_appears_whole_or_not_at_all(tmp_path):
@@ -116,3 +118,13 @@ def test_errors_name_the_cure():
     assert issubclass(MissingExtra, MachError) and issubclass(MachError, ValueError)
     assert nearest("bukets", ["buckets", "hidden"]) == "; did you mean 'buckets'?"
     assert nearest("zzz", ["buckets"]) == ""
+
+
+def test_leftovers_of_dead_processes_are_cleared_and_those_of_living_ones_are_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living, other = (tmp_path / name for name in (f".a.json.{dead.pid}.tmp", f".b.json.{os.getpid()}.tmp", ".c.tmp"))
+    for file in (left, living, other):
+        file.write_text("")
+    clear_leftovers(tmp_path, tmp_path / "absent")
+    assert sorted(tmp_path.iterdir()) == sorted([living, other])

@@ -44,7 +44,9 @@ def test_importing_the_package_loads_nothing_heavy():
 @pytest.mark.parametrize("first", ["mach.parallel", "mach.train.loop", "mach.train"])
 def test_train_is_the_function_whatever_was_imported_first(first):
     """The package `mach.train` bears the name of the function, and importing a package sets an attribute of its parent."""
-    assert python(f"import {first}, mach; from mach import train; print(mach.train.__name__, mach.train is train)") == "train True"
+    assert (
+        python(f"import {first}, mach; from mach import train; print(mach.train.__name__, mach.train is train)") == "train True"
+    )
 
 
 def test_an_unknown_name_is_refused():

@@ -47,12 +47,15 @@ def read_configurations(path: str | Path) -> list[Named]:
     for key in values:
         if key not in KEYS:
             raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, KEYS)} (known: {', '.join(KEYS)})")
+    base, entries = values.get("base", {}), values.get("configurations", [])
+    if not (isinstance(base, dict) and isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise ConfigError(f"{path}: base and configurations must be tables: write [base] and [[configurations]]")
     found = []
-    for number, entry in enumerate(values.get("configurations", []), 1):
+    for number, entry in enumerate(entries, 1):
         name = entry.pop("name", None)
         if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
             raise ConfigError(f"{path}: configuration {number} needs a name that can be a folder's, got {name!r}")
-        found.append(Named(name, Config.from_dict({**values.get("base", {}), **entry}, where=f"{path}, '{name}'")))
+        found.append(Named(name, Config.from_dict({**base, **entry}, where=f"{path}, '{name}'")))
     names = [named.name for named in found]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"{path}: needs [[configurations]] with different names, got {names or 'none'}")
@@ -102,7 +105,8 @@ def _measure(data: str, run_path: str, named: Named, device: str, workers: int |
     dataset = Dataset.open(data)
     model = train(named.config, dataset, run_path, device=device, workers=workers, resume=True, progress=progress)
     run = Run.open(run_path)
-    records = run.records().values()
+    finished = run.records()
+    records = [finished[r] for r in model.table.repetitions]  # the folder may hold more
     metrics, predict_s, decode_s = measure(model, dataset)
     return Row(
         name=named.name,

@@ -14,6 +14,7 @@ import torch
 from mach.config import Config
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError
+from mach.files import clear_leftovers
 from mach.model import Model, resolve_device
 from mach.parallel.plan import group_size, plan_groups
 from mach.parallel.progress import Watch
@@ -52,6 +53,7 @@ def train(
     wanted = _wanted(config, repetitions)
     folder, temporary = (Path(out), None) if out is not None else _temporary()
     run = Run.create(folder, config, dataset)
+    clear_leftovers(run.path, run.path / FOLDER)
     devices = _devices(device)
     n_workers = len(devices) if workers is None else workers
     if n_workers < 1:
@@ -72,6 +74,7 @@ def train(
             device=devices[i % len(devices)],
             threads=max(1, (os.cpu_count() or 1) // n_workers) if n_workers > 1 else 0,
             checkpoint_s=checkpoint_s,
+            checkpoint_first=len(groups) > 1,
             tensorboard=tensorboard,
         )
         for i, group in enumerate(groups)

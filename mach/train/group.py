@@ -35,6 +35,7 @@ class Job:
     device: str
     threads: int  # of the CPU; 0: leave as they are
     checkpoint_s: float  # seconds between checkpoints
+    checkpoint_first: bool  # before the first step, so that a group is known as one from its start
     tensorboard: bool = False
 
 
@@ -55,6 +56,8 @@ def train_group(job: Job) -> None:
     group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device))
     path = checkpoint_path(job.run, job.repetitions)
     spent_s = _restore(group, path) if path.exists() else 0.0
+    if job.checkpoint_first and not path.exists():
+        write_checkpoint(path, group.tensors(), _progress(run, group, spent_s))
     began = time.perf_counter()
     best = [best_path(job.run, r) for r in job.repetitions]
     saved = time.monotonic()

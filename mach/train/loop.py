@@ -234,6 +234,7 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would give the parent's peak where that was higher
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    high_water = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
+    if high_water:  # getrusage would give the parent's peak where that was higher
+        return int(high_water[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +19,6 @@ from mach.metrics import precision_at_k
 from mach.parallel import progress, runners, train
 from mach.store import Run
 from mach.train import group
-from mach.train.schedule import order_of
 
 CONFIG = Config(buckets=13, repetitions=4, hidden=9, layers=1, dropout=0.3, batch_size=100, epochs=2)
 
@@ -86,7 +83,9 @@ def test_a_run_that_fails_leaves_no_temporary_folder(tiny, tmp_path, monkeypatch
 @pytest.mark.filterwarnings("error")
 def test_the_full_head_is_one_repetition(tiny, tmp_path):
     config = CONFIG.replace(table="identity")
-    with pytest.raises(ConfigError, match=r"repetitions=\[0, 1\]: the full head \(table='identity'\) has one repetition, number 0"):
+    with pytest.raises(
+        ConfigError, match=r"repetitions=\[0, 1\]: the full head \(table='identity'\) has one repetition, number 0"
+    ):
         train(config, tiny, tmp_path / "run", repetitions=[0, 1])
     model = train(config, tiny, tmp_path / "run")
     assert (len(model.repetitions), model.sizes.n_buckets, model.table.is_identity) == (1, 40, True)
@@ -140,14 +139,18 @@ def test_a_log_that_cannot_be_written_is_named(tiny, tmp_path):
 
 def test_a_missing_extra_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtra, match=r"writing TensorBoard events needs an optional package: pip install 'mach\[tensorboard\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"writing TensorBoard events needs an optional package: pip install 'mach\[tensorboard\]'"
+    ):
         train(CONFIG, tiny, tmp_path / "run", tensorboard=True)
 
 
 def test_progress_is_read_from_the_log_to_its_end(tiny, tmp_path, monkeypatch, capsys):
     seen = []
     update = progress.Watch._update
-    monkeypatch.setattr(progress.Watch, "_update", lambda self, name, fields: (seen.append((name, fields)), update(self, name, fields)))
+    monkeypatch.setattr(
+        progress.Watch, "_update", lambda self, name, fields: (seen.append((name, fields)), update(self, name, fields))
+    )
     train(CONFIG, tiny, tmp_path / "run", progress=True)
     assert [fields for _, fields in seen] == lines_of(tmp_path / "run" / "logs" / "group-0-3.jsonl")
     assert {name for name, _ in seen} == {"0-3"}
@@ -164,21 +167,17 @@ def test_progress_skips_what_an_earlier_run_logged_even_half_a_line(tmp_path, mo
     assert seen == [{"step": 2}]
 
 
-@pytest.mark.parametrize("before", ["import mach.train.loop", "from mach import train as f; from mach.train import group"])
-def test_the_public_train_is_the_function_whatever_was_imported_before(before):
-    """There is a package of the same name."""
-    code = f"{before}; import mach; assert mach.train is mach.parallel.train; from mach.train.group import Job"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_workers_write_the_same_log_and_threads_are_shared_out(tiny, tmp_path, monkeypatch):
+def test_workers_share_the_threads(tiny, tmp_path, monkeypatch):
     jobs = []
     monkeypatch.setattr(runners, "_run", lambda found, *_: jobs.extend(found))
     monkeypatch.setattr(runners.os, "cpu_count", lambda: 8)
     with pytest.raises(ModelError, match="is missing"):
         train(CONFIG, tiny, tmp_path / "run", workers=3)
-    assert [(job.repetitions, job.threads, job.device) for job in jobs] == [((0,), 2, "cpu"), ((1,), 2, "cpu"), ((2, 3), 2, "cpu")]
+    assert [(job.repetitions, job.threads, job.device) for job in jobs] == [
+        ((0,), 2, "cpu"),
+        ((1,), 2, "cpu"),
+        ((2, 3), 2, "cpu"),
+    ]
     assert all(isinstance(job.run, Path) and job.run.is_absolute() and job.data.is_absolute() for job in jobs)
 
 
@@ -186,7 +185,3 @@ def test_logs_are_found_where_groups_write_them(tmp_path):
     assert group.log_path(tmp_path, [0, 1, 2]) == tmp_path / "logs" / "group-0-2.jsonl"
     assert group.log_path(tmp_path, [3]) == tmp_path / "logs" / "group-3-3.jsonl"
     assert group.log_path(tmp_path, [3, 5]) == tmp_path / "logs" / "group-3,5.jsonl"
-
-
-def test_the_order_of_the_data_does_not_depend_on_the_repetition():
-    assert np.array_equal(order_of(9, 3, 1), order_of(9, 3, 1))

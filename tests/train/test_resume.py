@@ -204,15 +204,15 @@ def kill_when_under_way(arguments, checkpoint_file, least_step):
     return checkpoint.read_progress(checkpoint_file)["step"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"patience": 120}], ids=["plain", "patience"])
+@pytest.mark.parametrize("settings", [{}, {"patience": 200}], ids=["plain", "patience"])
 def test_killed_outright_at_a_random_moment(tiny, tmp_path, settings):
-    config = SMALL.replace(epochs=120, **settings)  # 240 steps
+    config = SMALL.replace(epochs=200, **settings)  # 400 steps
     (tmp_path / "config.toml").write_text(dump_toml(config))
     train(config, tiny, tmp_path / "truth")
     run = tmp_path / "run"
     file = checkpoint.checkpoint_path(run, [0, 1])
     step = kill_when_under_way([tmp_path / "config.toml", tiny.path, run], file, least_step=10)
-    assert 10 <= step < 240
+    assert 10 <= step < 400
     train(load_config(tmp_path / "config.toml"), Dataset.open(tiny.path), run, resume=True)
     assert_same_bits(run, tmp_path / "truth")
     assert Run.open(run).verify() == []
@@ -349,3 +349,23 @@ def test_a_checkpoint_holds_all_state_and_little_more(tiny, tmp_path, monkeypatc
     assert sizes["optimizer.input.weight.second"] == 50 * 2
     progress = checkpoint.read_progress(checkpoint.checkpoint_path(run, [0, 1]))
     assert (progress["repetitions"], progress["step"], len(progress["standings"])) == ([0, 1], 3, 2)
+
+
+def test_groups_are_known_from_their_start_where_there_are_several(tiny, tmp_path, monkeypatch):
+    """The first group finishes, the second is stopped before any checkpoint was due: it goes on as the group it was."""
+    config = SMALL.replace(repetitions=4)
+    monkeypatch.setattr(runners, "group_size", lambda *args, **named: 2)
+    steps = group.Group.steps
+
+    def stopped(self, on_better):
+        if self.repetitions == (2, 3):
+            raise Killed
+        return steps(self, on_better)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(group.Group, "steps", stopped)
+        train(config, tiny, tmp_path / "run")
+    assert Run.open(tmp_path / "run").finished() == [0, 1]
+    monkeypatch.setattr(runners, "group_size", lambda *args, **named: 1)
+    train(config, tiny, tmp_path / "run", resume=True)
+    assert [facts["group"] for facts in facts_of(tmp_path / "run").values()] == [[0, 1], [0, 1], [2, 3], [2, 3]]

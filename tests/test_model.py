@@ -1,0 +1,216 @@
+"""The model: initial weights, shapes of answers, subsets, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+import mach
+from mach import model as model_module
+from mach.config import Config, Estimator, Loss
+from mach.data import CSR
+from mach.errors import ConfigError, DataError, MachError, ModelError
+from mach.model import Model, Packed, Sizes, initial_parameters, prior_output, resolve_device
+
+CONFIG = Config(buckets=13, repetitions=3, hidden=9, batch_size=50, epochs=2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    return mach.train(CONFIG, tiny, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained_dense(tiny_dense):
+    return mach.train(CONFIG, tiny_dense, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A model trained on a few texts."""
+    at = tmp_path_factory.mktemp("text")
+    lines = [f"{city} {city} town\t{city}\n" for city in ("paris", "rome", "oslo", "lima") for _ in range(3)]
+    (at / "train.tsv").write_text("".join(lines))
+    return mach.train(CONFIG.replace(buckets=2), mach.prepare(at / "train.tsv", at / "data", hash_bits=10), device="cpu")
+
+
+def all_alike(model, given, k=7):
+    """Ask for the same samples in every form and see the same bits."""
+    found = [model.predict_topk(X, k) for X in given]
+    for other in found[1:]:
+        assert np.array_equal(found[0].labels, other.labels) and np.array_equal(found[0].scores, other.scores)
+    return found[0]
+
+
+def test_every_form_of_features_gives_one_answer(trained, trained_dense, tiny):
+    X = tiny.split("test").features
+    forms = [
+        X.to_scipy(),
+        X,
+        sp.csr_matrix(X.to_scipy()),
+        X.to_scipy().tocsc(),
+        X.to_scipy().toarray(),
+        X.to_scipy().toarray().tolist(),
+    ]
+    for model in (trained, trained_dense):
+        top = all_alike(model, forms)
+        assert top.labels.shape == top.scores.shape == (60, 7)
+        assert top.labels.dtype == np.int64 and top.scores.dtype == np.float32
+        assert (np.diff(top.scores, axis=1) <= 0).all()
+        assert all(len(set(row)) == 7 for row in top.labels.tolist())
+    assert np.array_equal(X.values, tiny.split("test").features.values)  # what was given is left as it is
+
+
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+def test_every_estimator_answers(trained, tiny, estimator):
+    assert trained.predict_topk(tiny.split("test").features, 3, estimator=estimator).labels.shape == (60, 3)
+
+
+def test_all_labels_can_be_asked_for(trained, tiny):
+    top = trained.predict_topk(tiny.split("test").features, 40)
+    assert all(sorted(row) == list(range(40)) for row in top.labels.tolist())
+
+
+@pytest.mark.parametrize("k", [0, -1, 41])
+def test_k_is_checked_also_without_samples(trained, tiny, k):
+    for X in (tiny.split("test").features, np.empty((0, 50))):
+        with pytest.raises(ConfigError, match=rf"k={k} must lie in \[1, 40\], the number of labels"):
+            trained.predict_topk(X, k)
+
+
+def test_no_samples_give_no_answers(trained, trained_dense):
+    for model in (trained, trained_dense):
+        for X in (np.empty((0, 50), np.float32), sp.csr_array((0, 50), dtype=np.float32)):
+            top = model.predict_topk(X, 4)
+            assert (top.labels.shape, top.scores.shape) == ((0, 4), (0, 4))
+
+
+def test_a_sample_without_features_gets_an_answer(trained):
+    top = all_alike(trained, [np.zeros((2, 50)), sp.csr_array((2, 50))])
+    assert np.isfinite(top.scores).all()
+
+
+def test_chunks_of_samples_change_nothing_that_shows(trained, tiny, monkeypatch):
+    X = tiny.split("test").features
+    whole = trained.predict_topk(X, 5)
+    monkeypatch.setattr(model_module, "SCORE_BYTES", 4 * 3 * 13 * 7)
+    assert [len(rows) for rows in trained.row_chunks(X)] == [7] * 8 + [4]
+    in_parts = trained.predict_topk(X, 5)
+    assert np.array_equal(whole.labels, in_parts.labels)
+    np.testing.assert_allclose(whole.scores, in_parts.scores, rtol=1e-5, atol=1e-6)
+
+
+def test_another_number_of_features_is_named(trained, trained_dense):
+    for model in (trained, trained_dense):
+        for X in (np.zeros((2, 49)), sp.csr_array((2, 49)), CSR.from_scipy(sp.csr_array((2, 49)))):
+            with pytest.raises(DataError, match="the samples have 49 features, the model was trained on 50"):
+                model.predict_topk(X)
+
+
+@pytest.mark.parametrize(
+    "X", [np.zeros(50), np.zeros((2, 3, 50)), [0.0] * 50, 3.0, None], ids=["1d", "3d", "list", "number", "none"]
+)
+def test_what_is_no_matrix_is_refused(trained, trained_dense, X):
+    for model in (trained, trained_dense):
+        with pytest.raises(DataError, match="matrix of features"):
+            model.predict_topk(X)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_values_that_are_not_finite_are_refused(trained, trained_dense, bad):
+    X = np.zeros((3, 50), np.float32)
+    X[1, 4] = bad
+    for model in (trained, trained_dense):
+        with pytest.raises(MachError, match=r"sample 1 holds a value that is not a finite number"):
+            model.predict_topk(X)
+
+
+def test_text_for_a_model_of_features_is_refused(trained):
+    for X in ("Paris", ["Paris", "Rome"]):
+        with pytest.raises(DataError, match="the model was trained on features, not on text: give a matrix of features"):
+            trained.predict_topk(X)
+
+
+def test_text_is_asked_alone_or_in_any_sequence(asked):
+    texts = ["oslo town", "lima"]
+    top = all_alike(asked, [texts, tuple(texts), np.array(texts), asked.vectorizer.transform(texts)], k=4)
+    assert np.array_equal(asked.predict_topk("oslo town", 4).labels, top.labels[:1])
+    assert asked.predict_topk([], 4).labels.shape == (0, 4)
+    assert sorted(asked.name_of(k) for k in range(4)) == ["lima", "oslo", "paris", "rome"]
+
+
+def test_a_subset_of_repetitions_is_the_ensemble_of_those(trained, tiny):
+    X = tiny.split("test").features
+    part = trained.select([2, 0])
+    assert part.table.repetitions == (2, 0) and len(part.repetitions) == 2
+    assert np.array_equal(part.bucket_logits(X), trained.bucket_logits(X)[:, [2, 0]])
+    assert np.array_equal(part.select([0]).predict_topk(X, 5).scores, trained.select([0]).predict_topk(X, 5).scores)
+    with pytest.raises(ConfigError, match=r"repetition 3 is not in this table, which holds \[0, 1, 2\]"):
+        trained.select([3])
+    with pytest.raises(ModelError, match="2 repetitions do not fit a table of 3"):
+        Model(config=CONFIG, sizes=trained.sizes, table=trained.table, repetitions=trained.repetitions[:2], device=CPU)
+
+
+def test_the_sum_of_logits_is_what_the_buckets_say(trained, tiny):
+    """score(k) = sum_r z_r[h_r(k)], in float64 loops from the raw outputs."""
+    X = tiny.split("test").features
+    logits, table = trained.bucket_logits(X).astype(float), trained.table.array()
+    scores_NK = sum(logits[:, r, table[r].astype(int)] for r in range(3))
+    top = trained.predict_topk(X, 40, estimator="logits")
+    np.testing.assert_allclose(top.scores, np.take_along_axis(scores_NK, top.labels, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(top.scores, -np.sort(-scores_NK, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_and_single_give_the_same_outputs():
+    sizes = Sizes(n_features=6, n_labels=20, n_buckets=5, features="dense", labels_a_sample=1.0)
+    config = Config(hidden=4, layers=1)
+    each = [initial_parameters(config, sizes, torch.Generator().manual_seed(r), torch.float64) for r in range(3)]
+    X = model_module.make_batch(np.random.default_rng(0).normal(size=(7, 6)), normalize=True, device=CPU, dtype=torch.float64)
+    together = Packed.join(iter(each), 3, config=config, features="dense", device=CPU).logits(X)
+    for r in range(3):
+        alone = Packed.single(each[r], config=config, features="dense").logits(X)
+        torch.testing.assert_close(together[:, r : r + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_initial_weights_are_frozen():
+    """Repetitions added later, elsewhere, must begin as if they had been trained here."""
+    sizes = Sizes(n_features=3, n_labels=8, n_buckets=4, features="sparse", labels_a_sample=0.4)
+    found = initial_parameters(Config(hidden=2, layers=1), sizes, torch.Generator().manual_seed(1), torch.float32)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "input.weight": (3, 2), "input.bias": (2,), "layers.0.weight": (2, 2), "layers.0.bias": (2,),
+        "head.weight": (4, 2), "head.bias": (4,),
+    }  # fmt: skip
+    golden = {"input.weight": -0.016613023, "layers.0.weight": -0.19906922, "head.weight": -0.36111942}
+    assert {name: found[name].flatten()[-1].item() for name in golden} == pytest.approx(golden, rel=1e-6)
+    assert not found["input.bias"].any() and not found["layers.0.bias"].any()
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("share", [1e-6, 0.01, 0.4, 0.9])
+def test_the_head_begins_where_the_expected_loss_is_least(loss, share):
+    """At z the derivative of share * loss(positive) + (1 - share) * loss(negative) is zero; shares end at one half."""
+    z, p = prior_output(loss, share), min(share, 0.5)
+    if loss == "logistic":
+        assert 1 / (1 + math.exp(-z)) == pytest.approx(p)
+    elif loss == "squared-hinge":
+        assert -2 * p * max(0, 1 - z) + 2 * (1 - p) * max(0, 1 + z) == pytest.approx(0, abs=1e-12)
+    else:
+        assert z == 0.0
+    assert math.isfinite(prior_output(loss, 0.0)) and math.isfinite(prior_output(loss, 1e9))
+
+
+def test_devices_are_resolved_or_refused():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    for name in ("gpu", "cuda", "cuda:", "cuda:-1", "cpu:0", ""):
+        with pytest.raises(ConfigError, match=rf"device='{name}' must be 'auto', 'cpu' or 'cuda:i'"):
+            resolve_device(name)
+    with pytest.raises(ConfigError, match=r"device='cuda:64': this machine has \d+ CUDA devices"):
+        resolve_device("cuda:64")
