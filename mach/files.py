@@ -38,11 +38,12 @@ def clear_leftovers(*folders: Path) -> None:
     for folder in folders:
         for file in folder.glob(".*.tmp"):
             number = file.name.split(".")[-2]
-            if number.isdecimal() and not _is_running(int(number)):
+            if number.isdecimal() and not is_running(int(number)):
                 file.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Tell whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -18,7 +18,7 @@ from mach.data.csr import CSR, Floats, check_finite
 from mach.data.dataset import FORMAT, MANIFEST, SPLITS, Dataset, manifest_checksum
 from mach.data.strings import Strings
 from mach.errors import DataError
-from mach.files import checksum, sync_folder, write_json
+from mach.files import checksum, is_running, sync_folder, write_json
 
 _HEADER_BYTES = 128  # room for any shape; what numpy itself gives arrays of one or two axes
 _SHIFT_ROWS = 1 << 20
@@ -259,18 +259,8 @@ def _remove_orphans(parent: Path, prefix: str) -> None:
     """Remove the hidden folders of processes of this machine that ended without doing so."""
     for folder in parent.glob(f"{prefix}*.tmp"):
         number = folder.name.removeprefix(prefix).removesuffix(".tmp")
-        if number.isdigit() and (int(number) == os.getpid() or not _is_running(int(number))):
+        if number.isdigit() and (int(number) == os.getpid() or not is_running(int(number))):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def write_dataset(
