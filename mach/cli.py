@@ -302,8 +302,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _ask(args: argparse.Namespace) -> None:
     _, model = _load(args)
-    top = model.predict_topk(args.text, args.top_k, estimator=args.estimator)
-    shares = _shares(top.scores, args.estimator, len(model.repetitions))
+    estimator = args.estimator
+    if (estimator, model.config.loss, args.json) == ("logits", "softmax", False):
+        estimator = "log-probs"  # ranks alike, and can be drawn as a probability
+    top = model.predict_topk(args.text, args.top_k, estimator=estimator)
+    shares = _shares(top.scores, estimator, len(model.repetitions))
     for text, labels, scores, share in zip(args.text, top.labels.tolist(), top.scores.tolist(), shares, strict=True):
         if args.json:
             answers = [{"label": k, "name": model.name_of(k), "score": s} for k, s in zip(labels, scores, strict=True)]

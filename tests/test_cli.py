@@ -238,6 +238,7 @@ def test_repetitions_of_two_machines_decode_as_one(works, fails, tiny, run, tmp_
     parts = [tmp_path / "one", tmp_path / "two"]
     for path, numbers in zip(parts, ("0-1", "2-3"), strict=True):
         works("train", tiny.path, "--out", path, *SMALL, "--repetitions", numbers)
+    assert [Run.open(part).manifest["repetitions"] for part in parts] == [2, 4]
     predict = ["predict", parts[0], tiny.path, "--top-k", "5", "--out"]
     works(*predict, tmp_path / "p2")
     for file in parts[1].glob("repetition-*"):
@@ -297,10 +298,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(works, fails, mach, tiny, run, t
     def stopped(*_):
         raise KeyboardInterrupt
 
+    def write(*args, write=group.write_checkpoint):
+        written.append(args)
+        write(*args)
+
+    written = []
     with monkeypatch.context() as patch:
         patch.setattr(group, "_finish", stopped)
+        patch.setattr(group, "write_checkpoint", write)
         status, out, err = mach(*train)
     assert (status, out) == (130, "") and err.endswith("\nmach train: stopped; checkpoints and finished files are kept\n")
+    assert len(written) >= 3  # after each of the four steps, the last perhaps not
     fails("run: repetitions 0-1 are under way here; add --resume to go on", *train)
     works(*train, "--resume")
     assert agree(weights_of(tmp_path / "run"), weights_of(run))
@@ -409,6 +417,16 @@ def test_ask_draws_bars(works, text, estimator):
         shares.append(float(share))
     assert shares[0] >= shares[1] >= shares[2] and shares[0] > 0.5
     assert [lines[1].split()[-1], lines[5].split()[-1]] == ["Oslo", "Kyiv"]
+
+
+def test_ask_shows_probabilities_of_a_softmax_too(works, text, tmp_path):
+    settings = ["--table", "identity", "--loss", "softmax", "--hidden", "16", "--epochs", "9", "--batch-size", "10"]
+    works("train", text[0], "--out", tmp_path / "run", *settings)
+    lines = works("ask", tmp_path / "run", "Oslo", "--top-k", "6").splitlines()[1:]
+    assert lines[0].endswith("Oslo") and sum(float(line[23:27]) for line in lines) == pytest.approx(1, abs=0.03)
+    names = [line[29:] for line in lines]
+    found = json.loads(works("ask", tmp_path / "run", "Oslo", "--top-k", "6", "--json"))["answers"]
+    assert [each["name"] for each in found] == names and max(each["score"] for each in found) > 0  # logits, as asked
 
 
 def test_ask_as_json(works, text):

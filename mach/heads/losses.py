@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 
 def logistic(z_RNC: Tensor, hits: Tensor, want_loss: bool) -> Tensor | None:
     """Binary cross-entropy of each output: sum over all of log(1 + e^z), less z where positive; gradient sigmoid(z) - y."""
-    loss = _sums(softplus(z_RNC), z_RNC, hits, lambda z: -z) if want_loss else None
+    loss = _sums(-logsigmoid(-z_RNC), z_RNC, hits, torch.neg) if want_loss else None
     z_RNC.sigmoid_()
     z_RNC.view(-1)[hits] -= 1
     return loss

@@ -93,7 +93,7 @@ class Page(HTMLParser):
 def test_the_table_holds_the_numbers():
     text = terminal(three_rows())
     assert text.splitlines()[0].split() == "configuration P@1 P@3 train parameters on disk a query peak memory".split()
-    assert text.splitlines()[1].split() == "eight 94.12 89.12 50.0 s 2.00 M 0.25x 8.00 MB 0.25x 0.50 ms 812 MB".split()
+    assert text.splitlines()[1].split() == "eight 94.12 89.12 50.0 s 2.00 M 0.25x 8.00 MB 0.50 ms 812 MB".split()
     assert text.splitlines()[3].split() == "the full head 92.84 87.84 205 s 8.00 M 32.0 MB 0.50 ms 812 MB".split()
 
 

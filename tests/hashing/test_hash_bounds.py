@@ -74,13 +74,13 @@ def test_costs_by_hand():
         "parameters": 4 * 3652,
         "weight_bytes": 16 * 3652,
         "table_bytes": 4 * 1000 * 2,
-        "training_bytes": 48 * 3652 + 8000,
+        "training_bytes": 4 * (4 * (800 + 100) + 12 * (3652 - 800)) + 8000,  # an input row of 8 weights has one moment
         "encoder_multiply_adds": 4 * (7 * 8 + 2 * 64),
         "head_multiply_adds": 4 * 300 * 8,
     }
     assert hashed.table_bytes == LabelTable.hashed(1000, 300, 4).nbytes
     full = full_cost(n_labels=1000, hidden=8, n_features=100, layers=2)
-    assert (full.parameters, full.table_bytes, full.training_bytes) == (952 + 9000, 0, 12 * 9952)
+    assert (full.parameters, full.table_bytes, full.training_bytes) == (952 + 9000, 0, 12 * 9152 + 4 * 900)
     assert (full.encoder_multiply_adds, full.head_multiply_adds) == (100 * 8 + 2 * 64, 8000)
 
 
