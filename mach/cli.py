@@ -51,8 +51,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from importlib.metadata import version
+
+        parser.exit(message=f"mach {version('mach')}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mach", description="Classification over millions of labels: hashed ensembles and full heads.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -117,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "Propose buckets, repetitions and width for a number of labels, and their cost.")
     plan.add_argument("--labels", type=_count, required=True, help="K, such as 3000000 or 3m")
     plan.add_argument("--features", type=_count, help="F, to count the encoders' input layers too")
+    plan.add_argument("--active-features", type=_count, help="features that a sample has on average, where they are sparse")
     plan.add_argument("--memory", type=_count, help="for training, such as 8G or 8GiB")
     plan.add_argument("--hidden", type=int, default=512, help="D, the widest hidden vector to propose (default 512)")
     plan.add_argument("--delta", type=float, default=0.01, help="allowed chance that two labels share all buckets (default 0.01)")
@@ -390,7 +401,7 @@ def _verify(args: argparse.Namespace) -> None:
     from mach.data import Dataset
     from mach.store import Run
 
-    if (Path(args.model) / "train").is_dir():
+    if "splits" in _manifest(args.model):
         Dataset.open(args.model).verify()
         return _say(f"{args.model}: every file matches its checksum")
     run = Run.open(args.model)
@@ -400,12 +411,22 @@ def _verify(args: argparse.Namespace) -> None:
     _say(f"{args.model}: {_repetitions(len(run.finished()))}, every file matches its checksum")
 
 
+def _manifest(folder: str) -> Any:
+    """Give a folder's manifest, or nothing where there is none to read: what opens the folder says so."""
+    from mach.files import read_json
+
+    try:
+        return read_json(Path(folder) / "manifest.json")
+    except (OSError, ValueError):
+        return {}
+
+
 def _plan(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from mach.hashing.bounds import propose
 
-    plan = propose(args.labels, args.features, args.memory, args.delta, args.hidden)
+    plan = propose(args.labels, args.features, args.memory, args.delta, args.hidden, args.active_features)
     if args.json:
         return _say(json.dumps(asdict(plan)))
     _say(f"{plan.n_labels:,} labels: --buckets {plan.n_buckets} --repetitions {plan.n_repetitions} --hidden {plan.hidden}")

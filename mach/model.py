@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mach.config import Config, Estimator, Loss
-from mach.data import CSR, TextVectorizer, take_rows
+from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
 from mach.encoders import MLP, DenseBatch, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
@@ -210,7 +210,7 @@ class Model:
         n = max(1, SCORE_BYTES // (4 * len(self.repetitions) * self.sizes.n_buckets))
         for start in range(0, max(1, len(features)), n):
             rows = np.arange(start, min(start + n, len(features)))
-            yield features[rows] if isinstance(features, np.ndarray) else take_rows(features, rows)
+            yield take(features, rows)
 
     def features_of(self, X: Any) -> CSR | np.ndarray:
         """Turn what a user holds into features of the model's kind; see `predict_topk`."""

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentTypeError
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -625,3 +626,10 @@ def test_shares_are_means_over_the_repetitions():
     assert cli._shares(np.array([[0.0, 4 * math.log(3)]]), "logits", 4) == [[0.5, pytest.approx(0.75)]]
     assert cli._shares(np.array([[2 * math.log(0.3)]]), "log-probs", 2) == [[pytest.approx(0.3)]]
     assert cli._shares(np.array([[-0.1, 0.4]]), "mean", 2) == [[0.0, 0.4]]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"mach {version('mach')}\n"

@@ -1,9 +1,9 @@
 """Data sets: folders of memory-mapped arrays, made from the files people have."""
 
-from mach.data.csr import CSR, take_rows
+from mach.data.csr import CSR, take, take_rows
 from mach.data.dataset import Dataset, Split
 from mach.data.prepare import prepare
 from mach.data.text import TextVectorizer
 from mach.data.writer import write_dataset
 
-__all__ = ["CSR", "Dataset", "Split", "TextVectorizer", "prepare", "take_rows", "write_dataset"]
+__all__ = ["CSR", "Dataset", "Split", "TextVectorizer", "prepare", "take", "take_rows", "write_dataset"]

@@ -88,6 +88,11 @@ def take_rows(csr: CSR, rows: npt.ArrayLike) -> CSR:
     return CSR(indptr, indices, values, csr.n_columns)
 
 
+def take(features: CSR | Floats, rows: npt.ArrayLike) -> CSR | Floats:
+    """Copy rows of sparse or dense features into memory; see `take_rows`."""
+    return np.asarray(features[np.asarray(rows)]) if isinstance(features, np.ndarray) else take_rows(features, rows)
+
+
 def _row_cuts(indptr: Ints, n_parts: int) -> list[int]:
     """Give row numbers that cut the rows into parts of about equally many entries, first 0 and last N."""
     n_rows = len(indptr) - 1

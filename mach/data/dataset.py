@@ -155,6 +155,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: is not a data set (no readable {MANIFEST}); make one with `mach prepare`") from error
     except ValueError as error:
         raise DataError(f"{folder / MANIFEST}: is not a manifest: {error}") from error
+    if "config" in manifest:
+        raise DataError(f"{folder}: is a run folder, not a data set; give the data set it was trained on")
     if manifest.get("format") != FORMAT:
         number = manifest.get("format")
         raise DataError(f"{folder}: has data format {number}, this version of mach reads format {FORMAT}; prepare it again")

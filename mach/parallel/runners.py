@@ -10,6 +10,7 @@ from pathlib import Path
 
 import joblib
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from mach.config import Config
 from mach.data import Dataset
@@ -52,12 +53,12 @@ def train(
     """
     wanted = _wanted(config, repetitions)
     folder, temporary = (Path(out), None) if out is not None else _temporary()
-    run = Run.create(folder, config, dataset)
-    clear_leftovers(run.path, run.path / FOLDER)
     devices = _devices(device)
     n_workers = len(devices) if workers is None else workers
     if n_workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
+    run = Run.create(folder, config, dataset)
+    clear_leftovers(run.path, run.path / FOLDER)
     begun = _underway(run, wanted, resume)
     groups = plan_groups(
         wanted,
@@ -94,7 +95,12 @@ def _run(jobs: Sequence[Job], n_workers: int, progress: bool) -> None:
             for job in jobs:
                 train_group(job)
         else:
-            joblib.Parallel(n_jobs=n_workers, backend="loky")(joblib.delayed(train_group)(job) for job in jobs)
+            try:
+                joblib.Parallel(n_jobs=n_workers, backend="loky")(joblib.delayed(train_group)(job) for job in jobs)
+            except TerminatedWorkerError as error:
+                raise ModelError(
+                    f"{jobs[0].run}: a worker was killed, perhaps for lack of memory; go on with --resume, with fewer workers"
+                ) from error
 
 
 def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:

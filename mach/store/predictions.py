@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mach.config import Estimator
-from mach.data import Dataset, take_rows
+from mach.data import Dataset, take
 from mach.decoding import TopK
-from mach.errors import DataError, MachError
+from mach.errors import DataError
 from mach.files import atomic
 from mach.model import Model
 
@@ -50,12 +50,12 @@ def write_predictions(
     out = Path(out)
     if out.is_dir():
         raise DataError(f"{out}: is a folder; give the name of the file to write")
-    samples = dataset.split(split)
     if (dataset.n_labels, dataset.n_features) != (model.sizes.n_labels, model.sizes.n_features):
         raise DataError(
             f"{dataset.path}: has {dataset.n_features} features and {dataset.n_labels} labels, the model was trained on "
             f"{model.sizes.n_features} and {model.sizes.n_labels}"
         )
+    samples = dataset.split(split)
     facts = {
         "run": run_key,
         "repetitions": list(model.table.repetitions),
@@ -69,15 +69,13 @@ def write_predictions(
     parts = out.with_name(out.name + ".parts")
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        starts = range(0, samples.n_samples, GROUP_ROWS)
-        files = [parts / f"rows-{start:012d}.parquet" for start in starts]
-        for start, file in zip(starts, files, strict=True):
+        files = []
+        for start in range(0, samples.n_samples, GROUP_ROWS):
             rows = np.arange(start, min(start + GROUP_ROWS, samples.n_samples))
-            if not _is_of(file, schema):
-                features = samples.features
-                chunk = features[rows] if isinstance(features, np.ndarray) else take_rows(features, rows)
-                top = model.predict_topk(chunk, k, estimator=estimator)
-                with atomic(file) as temporary:
+            files.append(parts / f"rows-{start:012d}.parquet")
+            if not _is_of(files[-1], schema):
+                top = model.predict_topk(take(samples.features, rows), k, estimator=estimator)
+                with atomic(files[-1]) as temporary:
                     pq.write_table(_table(rows, top, schema), temporary)
             if progress:
                 progress(int(rows[-1]) + 1, samples.n_samples)
@@ -86,8 +84,6 @@ def write_predictions(
                 writer.write_table(pq.read_table(file, schema=schema))
         shutil.rmtree(parts)
     except (OSError, pa.ArrowException) as error:
-        if isinstance(error, MachError):
-            raise
         raise DataError(f"{out}: predictions cannot be written ({error}); run the same command again to go on") from error
     finally:
         with suppress(OSError):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mach.config import Config
-from mach.data import CSR, Dataset, take_rows
+from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import decode_topk
 from mach.encoders import make_batch
 from mach.errors import DataError
@@ -201,11 +201,6 @@ class Group:
             else:
                 standing.epochs_since += 1
                 standing.stopped = 0 < self.config.patience <= standing.epochs_since
-
-
-def take(features: CSR | np.ndarray, rows: np.ndarray) -> CSR | np.ndarray:
-    """Copy rows of sparse or dense features into memory."""
-    return features[rows] if isinstance(features, np.ndarray) else take_rows(features, rows)
 
 
 def _rows(config: Config, dataset: Dataset) -> tuple[np.ndarray, tuple[Any, CSR] | None]:

@@ -185,3 +185,18 @@ def test_logs_are_found_where_groups_write_them(tmp_path):
     assert group.log_path(tmp_path, [0, 1, 2]) == tmp_path / "logs" / "group-0-2.jsonl"
     assert group.log_path(tmp_path, [3]) == tmp_path / "logs" / "group-3-3.jsonl"
     assert group.log_path(tmp_path, [3, 5]) == tmp_path / "logs" / "group-3,5.jsonl"
+
+
+def test_a_killed_worker_is_named_with_what_to_do(tiny, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise runners.TerminatedWorkerError("killed")
+
+    monkeypatch.setattr(runners.joblib, "Parallel", killed)
+    with pytest.raises(ModelError, match=r"run: a worker was killed, perhaps for lack of memory; go on with --resume"):
+        train(CONFIG, tiny, tmp_path / "run", workers=2)
+
+
+def test_a_wrong_device_leaves_nothing_behind(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="device='tpu'"):
+        train(CONFIG, tiny, tmp_path / "run", device="tpu")
+    assert not (tmp_path / "run").exists()
