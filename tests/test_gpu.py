@@ -1,0 +1,48 @@
+"""Where there is a GPU: it learns what the CPU learns, a stopped run resumes to the same bits, and the CPU reads its model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mach.config import Config
+from mach.metrics import precision_at_k
+from mach.parallel import train
+from mach.store import Run, load
+from mach.train import group
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+CONFIG = Config(buckets=20, repetitions=4, hidden=32, layers=1, batch_size=20, epochs=20)
+
+
+@pytest.mark.parametrize("table", ["hashed", "identity"])
+@pytest.mark.parametrize("features", ["tiny", "tiny_dense"])
+def test_the_planted_problem_is_solved_and_the_cpu_reads_the_model(request, features, table, tmp_path):
+    data = request.getfixturevalue(features)
+    model = train(CONFIG.replace(table=table), data, tmp_path / "run", device="cuda:0")
+    test = data.split("test")
+    there = model.predict_topk(test.features, 3)
+    assert precision_at_k(there.labels, test.labels, 1) >= 0.9
+    here = load(tmp_path / "run", device="cpu").predict_topk(test.features, 3)
+    np.testing.assert_allclose(here.scores, there.scores, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
+    train(CONFIG, tiny, tmp_path / "whole", device="cuda:0")
+    steps, step = [], group.Group._step
+
+    def stopped(self, rows, want_loss):
+        steps.append(self.step)
+        if len(steps) == 37:
+            raise KeyboardInterrupt
+        return step(self, rows, want_loss)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(group.Group, "_step", stopped)
+        train(CONFIG, tiny, tmp_path / "cut", device="cuda:0", checkpoint_s=0)
+    train(CONFIG, tiny, tmp_path / "cut", device="cuda:0", resume=True)
+    for r in range(4):
+        whole, cut = (load_file(Run.open(tmp_path / name).weights_path(r)) for name in ("whole", "cut"))
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
