@@ -57,7 +57,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         from importlib.metadata import version
 
-        parser.exit(message=f"mach {version('mach')}\n")
+        _say(f"mach {version('mach')}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:

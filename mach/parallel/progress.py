@@ -13,7 +13,7 @@ EVERY_S = 0.25
 
 
 class Watch:
-    """Show a bar for each group while the block runs: steps, time left, samples/s, loss, validation P@1."""
+    """Show a bar for each group of repetitions r while the block runs: steps, time left, samples/s, loss, validation P@1."""
 
     def __init__(self, logs: Mapping[str, Path], *, shown: bool):
         self._logs, self._shown = logs, shown
@@ -55,7 +55,7 @@ class Watch:
         if "step" not in fields:
             return
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(f"repetitions {name}", total=fields["n_steps"], speed="", loss="", quality="")
+            self._tasks[name] = self._bars.add_task(f"r {name}", total=fields["n_steps"], speed="", loss="", quality="")
         shown = {"speed": f"{fields['samples_per_s']:,.0f} samples/s"}
         if "loss" in fields:
             shown["loss"] = f"loss {fields['loss']:.3f}"
@@ -66,10 +66,10 @@ class Watch:
 
 def _bars() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     texts = [TextColumn("{task.fields[" + name + "]}") for name in ("speed", "loss", "quality")]
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), *texts,
+        TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn(), *texts,
         console=Console(stderr=True),
-    )  # fmt: skip
+    )  # fmt: skip  # 80 columns hold it all

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import joblib
@@ -24,7 +24,6 @@ from mach.train.checkpoint import FOLDER, best_path, read_progress
 from mach.train.group import Job, log_path, train_group
 
 CHECKPOINT_S = 120.0
-Say = Callable[[str], None]
 
 
 def train(

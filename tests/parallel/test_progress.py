@@ -48,7 +48,7 @@ def test_a_bar_follows_each_log_from_where_it_was(tmp_path, shown):
     with Watch({"0-3": one, "4-7": two}, shown=True):
         put(one, STEP, {"step": 5, "n_steps": 10, "samples_per_s": 20.0, "loss": 1.23456})
         put(two, {"step": 10, "n_steps": 10, "samples_per_s": 9.0, "validation": {"P@1": 0.5}}, {"finished": [4], "seconds": 1})
-    first, second = shown["repetitions 0-3"], shown["repetitions 4-7"]
+    first, second = shown["r 0-3"], shown["r 4-7"]
     assert (first.completed, first.total, second.completed, second.total) == (5, 10, 10, 10)
     assert first.fields == {"speed": "20 samples/s", "loss": "loss 1.235", "quality": ""}
     assert second.fields == {"speed": "9 samples/s", "loss": "", "quality": "P@1 50.00"}
@@ -61,10 +61,10 @@ def test_a_line_half_written_waits_for_its_other_half(tmp_path, shown, monkeypat
         put(log, STEP)
         log.write_text(log.read_text() + line[:9])
         watch._show_new()
-        assert shown["repetitions 0-0"].completed == 3
+        assert shown["r 0-0"].completed == 3
         log.write_text(log.read_text() + line[9:] + "\n")
         watch._show_new()
-        assert shown["repetitions 0-0"].completed == 8
+        assert shown["r 0-0"].completed == 8
 
 
 def test_it_looks_again_while_the_block_runs(tmp_path, shown, monkeypatch):
@@ -101,4 +101,4 @@ def test_it_draws_on_standard_error(tmp_path, capsys):
     with Watch({"0-1": log}, shown=True):
         put(log, STEP | {"loss": 2.0})
     out, err = capsys.readouterr()
-    assert out == "" and "repetitions 0-1" in err and "3/10" in err
+    assert out == "" and "r 0-1" in err and "3/10" in err
