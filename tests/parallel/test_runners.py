@@ -155,7 +155,7 @@ def test_progress_is_read_from_the_log_to_its_end(tiny, tmp_path, monkeypatch, c
     assert [fields for _, fields in seen] == lines_of(tmp_path / "run" / "logs" / "group-0-3.jsonl")
     assert {name for name, _ in seen} == {"0-3"}
     out, err = capsys.readouterr()
-    assert out == "" and "repetitions 0-3" in err and "4/4" in err and "P@1" in err
+    assert out == "" and "r 0-3" in err and "4/4" in err and "P@1" in err
 
 
 def test_progress_skips_what_an_earlier_run_logged_even_half_a_line(tmp_path, monkeypatch):
