@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numba import njit
 
 from mach.errors import ConfigError, DataError
+from mach.kernels import jit
 
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +40,7 @@ class Rows(Protocol):
         """Give the label ids, rising strictly within a row."""
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@jit
 def _mark_hits(labels_Nk: Array, indptr: Array, indices: Array, hits_Nk: Array) -> tuple[int, int]:
     """Mark the predicted labels that are true; give (row, 1: truth not rising | 2: label predicted twice), (-1, 0) if fine."""
     used = np.full(len(indices), -1, np.int64)
@@ -59,7 +59,7 @@ def _mark_hits(labels_Nk: Array, indptr: Array, indices: Array, hits_Nk: Array) 
     return -1, 0
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@jit
 def _best_gains(weights_L: Array, indptr: Array, k: int) -> Array:
     """Give the k greatest weights of each row's labels in falling order, 0 where a row has fewer: (N, k)."""
     best_Nk = np.zeros((len(indptr) - 1, k))

@@ -88,7 +88,7 @@ class Packed:
 
     def __init__(self, parameters: dict[str, Tensor], *, config: Config, features: Features):
         self.parameters, self.config, self.features = parameters, config, features
-        self.input = input_for(features, parameters[INPUT])
+        self.input: Any = input_for(features, parameters[INPUT])  # takes the batches of its own kind, which checkers cannot know
         self.mlp = MLP(parameters)
         self.head = LinearHead(parameters["head.weight"], parameters["head.bias"])
 
@@ -119,7 +119,7 @@ class Packed:
     def logits(self, batch: Batch) -> Tensor:
         """Give the outputs of every head, shape (N, R, B)."""
         with torch.no_grad():
-            return self.head.logits(self.mlp.forward(self.input.forward(batch)))  # type: ignore[arg-type]
+            return self.head.logits(self.mlp.forward(self.input.forward(batch)))
 
     def step(
         self,
@@ -138,7 +138,7 @@ class Packed:
         """
         learnt = [name for name in self.parameters if name != INPUT and not name.startswith("head.")]
         with torch.no_grad():
-            z = self.input.forward(batch)  # type: ignore[arg-type]
+            z = self.input.forward(batch)
         leaves = [self.parameters[name].requires_grad_() for name in learnt]
         z.requires_grad_()
         hidden = self.mlp.forward(z, drop)
@@ -151,7 +151,7 @@ class Packed:
             for name, gradient in zip(learnt, grads[1:], strict=True):
                 self.parameters[name].requires_grad_(False)
                 update(name, slice(None), gradient)
-            for rows, gradient in self.input.gradient(batch, grads[0]):  # type: ignore[arg-type]
+            for rows, gradient in self.input.gradient(batch, grads[0]):
                 update_rows(rows, gradient)
         return loss
 

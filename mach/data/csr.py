@@ -6,26 +6,20 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
 from mach.data.threads import n_threads
 from mach.errors import DataError
+from mach.kernels import jit
 
 Ints = npt.NDArray[np.int64]
 Columns = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _PARALLEL_FROM = 1 << 21  # entries; below, starting threads costs more than it saves
-
-
-def jit(function: _Function) -> _Function:
-    """Compile a kernel that frees the interpreter lock and is kept on disk between runs; types stay visible to checkers."""
-    return cast(_Function, numba.njit(nogil=True, cache=True)(function))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mach.data.csr import CSR, Columns, Ints, jit
+from mach.data.csr import CSR, Columns, Ints
 from mach.errors import ConfigError
+from mach.kernels import jit
 
 Span = tuple[int, int]
 Bytes = npt.NDArray[np.uint8]

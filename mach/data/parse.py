@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mach.data.csr import CSR, Columns, Floats, Ints, jit, tidy_rows
+from mach.data.csr import CSR, Columns, Floats, Ints, tidy_rows
 from mach.errors import DataError
+from mach.kernels import jit
 
 Bytes = npt.NDArray[np.uint8]
 MAX_IDS = 2**31 - 1  # ids and their number fit int32

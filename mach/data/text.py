@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mach.data.csr import CSR, Columns, Floats, Ints, jit
+from mach.data.csr import CSR, Columns, Floats, Ints
 from mach.data.grams import Grams, Span
 from mach.data.threads import ordered
 from mach.errors import ConfigError, DataError
 from mach.files import atomic, read_json, write_json
+from mach.kernels import jit
 
 FORMAT = 1
 _FILE = "vectorizer.json"

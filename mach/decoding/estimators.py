@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from mach.config import Estimator, Loss
 from mach.decoding.threads import N_THREADS, in_threads
 from mach.errors import ConfigError
+from mach.kernels import jit, jit_ieee
 
 Float32 = npt.NDArray[np.float32]
 
@@ -83,7 +83,7 @@ def _transform_of(loss: Loss, estimator: Estimator) -> int:
     return SOFTMAX if loss == "softmax" else SIGMOID
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@jit_ieee
 def _transform(logits_NRB: Float32, kind: int, scale: np.float32, shift: np.float32, broken_N: npt.NDArray[np.int64]) -> None:
     """Transform every row; note in broken_N the first repetition of a sample that has an output out of range."""
     for n in range(logits_NRB.shape[0]):
@@ -100,7 +100,7 @@ def _transform(logits_NRB: Float32, kind: int, scale: np.float32, shift: np.floa
                 _softmax(row_B, scale, shift, kind == LOG_SOFTMAX)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _all_below_limit(row_B: Float32) -> bool:
     n_good = 0  # counted, not left at the first bad one: the loop stays free of branches and is vectorised
     for b in range(len(row_B)):
@@ -108,7 +108,7 @@ def _all_below_limit(row_B: Float32) -> bool:
     return n_good == len(row_B)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _exp(x: np.float32) -> np.float32:
     """Give e**x for x <= 0 (e**-87 for x < -87) with a relative error below 1e-7, in a form that vectorises: libm's does not.
 
@@ -122,14 +122,14 @@ def _exp(x: np.float32) -> np.float32:
     return power * np.int32((np.float32(rounded).view(np.int32) - ROUND_BITS) << 23).view(np.float32)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@jit_ieee
 def _sigmoid(row_B: Float32, scale: np.float32, shift: np.float32) -> None:
     for b in range(len(row_B)):
         small = _exp(-abs(row_B[b]))
         row_B[b] = (small if row_B[b] < ZERO else ONE) / (ONE + small) * scale + shift
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@jit_ieee
 def _log_sigmoid(row_B: Float32) -> None:
     """Give min(x, 0) - log(1 + e), e = exp(-|x|), by log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3, its series to s**17."""
     for b in range(len(row_B)):
@@ -141,7 +141,7 @@ def _log_sigmoid(row_B: Float32) -> None:
         row_B[b] = (row_B[b] if row_B[b] < ZERO else ZERO) - (s + s) * (ONE + tail)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@jit_ieee
 def _softmax(row_B: Float32, scale: np.float32, shift: np.float32, as_log: bool) -> None:
     top = row_B[0]
     for b in range(len(row_B)):
@@ -150,7 +150,7 @@ def _softmax(row_B: Float32, scale: np.float32, shift: np.float32, as_log: bool)
     if as_log:
         for b in range(len(row_B)):
             row_B[b] -= top
-            total += _exp(row_B[b])
+            total += float(_exp(row_B[b]))
         log_total = np.float32(math.log(total))
         for b in range(len(row_B)):
             row_B[b] -= log_total

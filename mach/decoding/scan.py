@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from mach.config import Estimator
 from mach.decoding.threads import N_THREADS
 from mach.decoding.topk import BLOCK, GROUP, Float32, Int64, TopK, check_k, frozen, replace_worst, search
 from mach.errors import ConfigError
+from mach.kernels import jit
 
 Buckets = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -99,7 +100,7 @@ def _eight(name: str) -> Any:
 copy_eight, add_eight, min_eight, above_eight = _eight("copy"), _eight("add"), _eight("min"), _eight("above")
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _offer_labels(
     scores_NRB: Float32, table_RK: Buckets, aggregate: int, first: int, start: int, stop: int, top_Nk: Float32, labels_Nk: Int64
 ) -> None:
@@ -122,7 +123,7 @@ def _offer_labels(
                         floor_Q[q] = top_Nk[first + q, 0]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _pack(scores_QRB: Float32) -> Float32:
     """Lay the samples' scores of a bucket side by side: (R, B * 8), zeros for absent samples."""
     Q, R, B = scores_QRB.shape
@@ -134,7 +135,7 @@ def _pack(scores_QRB: Float32) -> Float32:
     return packed_RBQ
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _aggregate(packed_RBQ: Float32, table_RJ: Buckets, aggregate: int, values_rJQ: Float32) -> None:
     """Score a block of labels for a group of samples into row 0 of the values; the median needs R rows to work in."""
     R, J = table_RJ.shape
@@ -154,7 +155,7 @@ def _aggregate(packed_RBQ: Float32, table_RJ: Buckets, aggregate: int, values_rJ
         _median(values_rJQ, J * GROUP)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _median(values_Rn: Float32, n: int) -> None:
     """Put the median of each of the first n columns into row 0, sorting all columns at once, row against row, without branches.
 
@@ -174,7 +175,7 @@ def _median(values_Rn: Float32, n: int) -> None:
         values_Rn[0, i] = (values_Rn[(R - 1) // 2, i] + values_Rn[R // 2, i]) * np.float32(0.5)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _exchange(low_n: Float32, high_n: Float32, n: int) -> None:
     for i in range(n):
         a, b = low_n[i], high_n[i]
@@ -182,7 +183,7 @@ def _exchange(low_n: Float32, high_n: Float32, n: int) -> None:
         high_n[i] = b if a < b else a
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _score_labels(scores_NRB: Float32, table_RK: Buckets, labels_NM: Int64, aggregate: int, out_NM: Float32) -> None:
     R = len(table_RK)
     values_R = np.empty((R, 1), dtype=np.float32)

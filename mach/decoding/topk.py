@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from mach.decoding.threads import N_THREADS, in_threads
 from mach.errors import ConfigError
+from mach.kernels import jit
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -79,13 +79,13 @@ def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return view
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def is_worse(score: float, label: int, than_score: float, than_label: int) -> bool:
     """Compare two scored labels in the one order."""
     return score < than_score or (score == than_score and label > than_label)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def replace_worst(scores_k: Float32, labels_k: Int64, score: float, label: int) -> None:
     """Put a scored label in the place of the heap's worst, which stands at 0, and restore the heap."""
     k, at = len(scores_k), 0
@@ -100,7 +100,7 @@ def replace_worst(scores_k: Float32, labels_k: Int64, score: float, label: int) 
     scores_k[at], labels_k[at] = score, label
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _finish(scores_PNk: Float32, labels_PNk: Int64, first: int) -> None:
     """Merge the heaps of all parts into part 0 and sort it, best first, for one group of samples."""
     P, N, k = scores_PNk.shape
@@ -116,7 +116,7 @@ def _finish(scores_PNk: Float32, labels_PNk: Int64, first: int) -> None:
             scores_k[end], labels_k[end] = worst_score, worst_label
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _offer_rows(scores_NK: Float32, first: int, start: int, stop: int, top_Nk: Float32, labels_Nk: Int64) -> None:
     """Push labels [start, stop) of a group of samples; a block without a score above the k-th best costs one pass."""
     for n in range(first, min(first + GROUP, len(scores_NK))):

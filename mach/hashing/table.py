@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from mach.config import Family, TableKind
 from mach.errors import ConfigError, ModelError
 from mach.hashing.families import MAX_LABELS, CarterWegman, Ids, LabelHash, XXHash, make_family
+from mach.kernels import jit
 
 CHUNK = 1 << 18  # labels hashed at a time: temporaries stay below about 10 MiB
 PROBES = 64  # labels whose buckets go into the fingerprint, in each of the repetitions 0..3
@@ -296,7 +296,7 @@ def _inverse(table_K: Held, n_buckets: int) -> tuple[Held, Ids]:
     return ids, starts
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@jit
 def _distinct_buckets(table_K: Held, indptr: Ids, indices: Signed, out_indptr: Ids, out: Signed) -> None:
     """Fill `out` with each sample's buckets, sorted and distinct, and out_indptr with where they end.
 
