@@ -18,6 +18,7 @@ from mach.errors import ConfigError, nearest
 TableKind = Literal["hashed", "identity"]
 Family = Literal["carter-wegman", "multiply-shift", "xxhash"]
 Loss = Literal["logistic", "softmax", "squared-hinge"]
+Precision = Literal["auto", "bfloat16", "float32"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
 
@@ -51,6 +52,8 @@ class Config:
     input_learning_rate: float = _setting(3e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)
     weight_decay: float = _setting(0.0, "decoupled weight decay of AdamW, a step", 0)
     warmup: float = _setting(0.05, "share of the steps over which the step size rises; after it falls as a cosine", 0, 1)
+
+    precision: Precision = _setting(AUTO, "of matrix products while training; auto: bfloat16 where the device multiplies it fast")
 
     validation: float = _setting(0.0, "share of the training samples held out when the data set has no dev split", 0, 0.9)
     patience: int = _setting(0, "stop a repetition after so many epochs without a better validation P@1; 0: never", 0)

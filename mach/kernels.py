@@ -1,11 +1,19 @@
-"""How a kernel is compiled: the interpreter's lock is free while it runs, and its code is kept on disk between runs."""
+"""How a kernel is compiled and run: kept on disk between runs, and without the interpreter's lock, so that plain threads run it.
+
+Not numba's own `prange`: its default layer ends the process when two threads call it at once, which a server does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import numba
+
+N_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores this process may use; the environment variable of that name lowers it
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -18,3 +26,28 @@ def jit(function: _Function) -> _Function:
 def jit_ieee(function: _Function) -> _Function:
     """Compile a kernel in which a division by zero gives infinity or NaN instead of an error, so that its loops vectorise."""
     return cast(_Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def jit_sums(function: _Function) -> _Function:
+    """Compile a kernel whose sums may be taken in another order and fused, so that they vectorise: the same order every time."""
+    return cast(_Function, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})(function))
+
+
+def in_threads(kernel: Callable[..., None], tasks: Sequence[tuple[Any, ...]], n_threads: int) -> None:
+    """Call the kernel with each task's arguments, at most `n_threads` at a time; the first error is raised here."""
+    if n_threads == 1 or len(tasks) <= 1:
+        for task in tasks:
+            kernel(*task)
+        return
+    for future in [_pool(n_threads).submit(kernel, *task) for task in tasks]:
+        future.result()
+
+
+@functools.cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    """Keep threads for the next call: starting them takes as long as a small kernel."""
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="mach")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of the threads

@@ -20,13 +20,13 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from mach.config import Config, Estimator, Loss
+from mach.config import Config, Estimator, Loss, Precision
 from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
 from mach.encoders import MLP, DenseBatch, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
 from mach.hashing import LabelTable
-from mach.heads import LinearHead, Positives
+from mach.heads import LinearHead, Positives, Update
 
 INPUT = "input.weight"
 INPUT_SCALE = 0.1  # standard deviation of the initial input weights
@@ -86,16 +86,19 @@ def _axis(name: str) -> int:
 class Packed:
     """R repetitions on one device: their parameters with an axis R, as one set of layers."""
 
-    def __init__(self, parameters: dict[str, Tensor], *, config: Config, features: Features):
-        self.parameters, self.config, self.features = parameters, config, features
+    def __init__(
+        self, parameters: dict[str, Tensor], *, config: Config, features: Features, products: torch.dtype = torch.float32
+    ):
+        self.parameters, self.config, self.features, self.products = parameters, config, features, products
         self.input: Any = input_for(features, parameters[INPUT])  # takes the batches of its own kind, which checkers cannot know
         self.mlp = MLP(parameters)
         self.head = LinearHead(parameters["head.weight"], parameters["head.bias"])
 
     @classmethod
     def join(
-        cls, each: Iterator[Mapping[str, Tensor]], n: int, *, config: Config, features: Features, device: torch.device
-    ) -> Packed:
+        cls, each: Iterator[Mapping[str, Tensor]], n: int, *, config: Config, features: Features, device: torch.device,
+        products: torch.dtype = torch.float32,
+    ) -> Packed:  # fmt: skip
         """Pack n repetitions, one at a time, so that at most one is held twice."""
         packed: dict[str, Tensor] = {}
         for r, parameters in enumerate(each):
@@ -105,7 +108,7 @@ class Packed:
                     shape.insert(_axis(name), n)
                     packed[name] = torch.empty(shape, dtype=value.dtype, device=device)
                 packed[name].select(_axis(name), r).copy_(value)
-        return cls(packed, config=config, features=features)
+        return cls(packed, config=config, features=features, products=products)
 
     @classmethod
     def single(cls, parameters: Mapping[str, Tensor], *, config: Config, features: Features) -> Packed:
@@ -126,33 +129,35 @@ class Packed:
         batch: Batch,
         positives: Positives,
         *,
-        update: Callable[[str, slice, Tensor], None],
-        update_rows: Callable[[Tensor | None, Tensor], None],
+        update: Update,
+        update_input: Callable[[Any, Batch, Tensor], None],
         drop: Callable[[Tensor], Tensor] | None,
         want_loss: bool,
     ) -> Tensor | None:
         """Take one optimisation step; give the loss of each repetition (R,), in nats a sample, if wanted.
 
         The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; autograd carries it
-        through the MLP; the input layer turns what arrives into gradients of the rows that the batch touched.
+        through the MLP; what arrives at the input layer updates the rows that the batch touched.
         """
         learnt = [name for name in self.parameters if name != INPUT and not name.startswith("head.")]
         with torch.no_grad():
             z = self.input.forward(batch)
         leaves = [self.parameters[name].requires_grad_() for name in learnt]
         z.requires_grad_()
-        hidden = self.mlp.forward(z, drop)
+        low = self.products == torch.bfloat16
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=low):
+            hidden = self.mlp.forward(z, drop)
         with torch.no_grad():
             grad_hidden, loss = self.head.step(
-                hidden.detach(), positives, loss=self.config.loss, update=update, want_loss=want_loss
-            )
+                hidden.detach().to(self.products) if low else hidden.detach(),
+                positives, loss=self.config.loss, update=update, want_loss=want_loss,
+            )  # fmt: skip
         grads = torch.autograd.grad(hidden, [z, *leaves], grad_hidden)
         with torch.no_grad():
             for name, gradient in zip(learnt, grads[1:], strict=True):
                 self.parameters[name].requires_grad_(False)
-                update(name, slice(None), gradient)
-            for rows, gradient in self.input.gradient(batch, grads[0]):
-                update_rows(rows, gradient)
+                update(name, slice(None), gradient, None)
+            update_input(self.input, batch, grads[0])
         return loss
 
 
@@ -265,3 +270,15 @@ def resolve_device(name: str) -> torch.device:
     if int(index) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
+
+
+def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """Give the type of the products of training: for `auto`, bfloat16 where the device has instructions for it."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        has = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        has = any(getattr(torch.cpu, question, bool)() for question in asked)  # bool() is False: an older torch cannot tell
+    return torch.bfloat16 if has else torch.float32

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from mach.decoding.scan import scan_topk, score_labels
-from mach.decoding.threads import N_THREADS
 from mach.hashing.table import LabelTable
+from mach.kernels import N_THREADS
 
 
 def gather_topk(scores_NRB: np.ndarray, table_RK: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

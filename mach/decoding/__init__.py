@@ -10,10 +10,10 @@ from __future__ import annotations
 from mach.config import Estimator, Loss
 from mach.decoding.estimators import Float32, bucket_scores
 from mach.decoding.scan import scan_topk
-from mach.decoding.threads import N_THREADS
 from mach.decoding.topk import TopK, check_k, topk_identity
 from mach.errors import ConfigError
 from mach.hashing.table import LabelTable
+from mach.kernels import N_THREADS
 
 __all__ = ["TopK", "decode_topk"]
 

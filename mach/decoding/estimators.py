@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mach.config import Estimator, Loss
-from mach.decoding.threads import N_THREADS, in_threads
 from mach.errors import ConfigError
-from mach.kernels import jit, jit_ieee
+from mach.kernels import N_THREADS, in_threads, jit, jit_ieee
 
 Float32 = npt.NDArray[np.float32]
 

@@ -19,10 +19,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from mach.config import Estimator
-from mach.decoding.threads import N_THREADS
 from mach.decoding.topk import BLOCK, GROUP, Float32, Int64, TopK, check_k, frozen, replace_worst, search
 from mach.errors import ConfigError
-from mach.kernels import jit
+from mach.kernels import N_THREADS, jit
 
 Buckets = npt.NDArray[np.unsignedinteger[Any]]
 

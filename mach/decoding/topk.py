@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mach.decoding.threads import N_THREADS, in_threads
 from mach.errors import ConfigError
-from mach.kernels import jit
+from mach.kernels import N_THREADS, in_threads, jit
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

@@ -4,7 +4,8 @@ N samples of the batch, F features, R repetitions packed side by side, D hidden 
 
 Repetitions lie next to each other in a feature's row, so one gather serves them all. For sparse features forward is a
 bag of rows, and backward is the same bag of the transposed batch: only rows that the batch touches are read or written,
-and no gradient of the size of the table exists.
+and no gradient of the size of the table exists. On a CPU the optimiser goes further and makes a row's gradient and updates
+the row in one visit (`train/rows.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mach.data import CSR
+from mach.kernels import jit
 
-GRADIENT_BYTES = 2 << 20  # of one block of row gradients: small enough to stay in a core's cache
+GRADIENT_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of one block of row gradients; on a CPU it stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
 class SparseBatch:
     """N samples of sparse features, by sample and transposed (by feature), on one device."""
 
+    edges: np.ndarray  # feature_offsets, in host memory
     offsets: Tensor  # int32 (N,), where each sample begins
     indices: Tensor  # int32 (nnz,), features
     values: Tensor  # float (nnz,)
@@ -63,15 +66,56 @@ def make_batch(
     if normalize:
         norms = np.sqrt(np.bincount(samples, weights=np.square(values, dtype=np.float64), minlength=len(lengths)))
         values = values / np.where(norms > 0, norms, 1)[samples]
-    indices = torch.from_numpy(np.array(features.indices, dtype=np.int32)).to(device)
-    weights = torch.from_numpy(np.array(values)).to(device, dtype)
-    offsets = torch.from_numpy(features.indptr[:-1].astype(np.int32)).to(device)
-    order = torch.argsort(indices, stable=True)
-    distinct, counts = torch.unique_consecutive(indices[order], return_counts=True)
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
-    starts[1:] = counts.cumsum(0)
-    by_feature = torch.from_numpy(samples).to(device)[order]
-    return SparseBatch(offsets, indices, weights, distinct.long(), starts, by_feature, weights[order])
+    offsets, indices = features.indptr[:-1].astype(np.int32), np.array(features.indices, dtype=np.int32)
+    values = values.astype(np.float64 if dtype == torch.float64 else np.float32)
+    by_feature = _transpose(indices, samples, values, features.n_columns)
+    tensors = [_to(device, array) for array in (offsets, indices, values, *by_feature)]
+    return SparseBatch(by_feature[1], *tensors)
+
+
+def _to(device: torch.device, array: np.ndarray) -> Tensor:
+    """Move an array to a device; to a GPU by way of pinned memory, so that the copy runs beside the kernels."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _transpose(
+    indices: np.ndarray, samples: np.ndarray, values: np.ndarray, n_features: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Order a batch's entries by feature, and by sample within one: features (U,), offsets (U + 1,), samples, values (nnz,)."""
+    place = np.zeros(n_features, np.int32)  # the system hands out zeros a page at a time, as they are touched
+    found = np.empty(len(indices), np.int32)
+    features = np.sort(found[: _distinct(indices, place, found)])
+    offsets = np.zeros(len(features) + 1, np.int32)
+    by_samples, by_values = np.empty_like(samples), np.empty_like(values)
+    _by_feature(indices, samples, values, features, place, offsets, by_samples, by_values)
+    return features.astype(np.int64), offsets, by_samples, by_values
+
+
+@jit
+def _distinct(indices: np.ndarray, counts: np.ndarray, found: np.ndarray) -> int:
+    """Count each feature's entries, and note the features in the order in which they come; give how many there are."""
+    n = 0
+    for f in indices:
+        if counts[f] == 0:
+            found[n] = f
+            n += 1
+        counts[f] += 1
+    return n
+
+
+@jit
+def _by_feature(
+    indices: np.ndarray, samples: np.ndarray, values: np.ndarray, features: np.ndarray,
+    counts: np.ndarray, offsets: np.ndarray, by_samples: np.ndarray, by_values: np.ndarray,
+) -> None:  # fmt: skip
+    """Turn counts into offsets, then each feature's count into its next free place."""
+    for u, f in enumerate(features):
+        offsets[u + 1] = offsets[u] + counts[f]
+        counts[f] = offsets[u]
+    for i, f in enumerate(indices):
+        by_samples[counts[f]], by_values[counts[f]] = samples[i], values[i]
+        counts[f] += 1
 
 
 class SparseInput:
@@ -90,14 +134,12 @@ class SparseInput:
         """Yield (features (u,), their gradient (u, R, D)) in blocks that together hold each touched row once."""
         _, R, D = self.weight.shape
         grad = grad_NRD.flatten(1)
-        block = max(1, GRADIENT_BYTES // (R * D * grad.element_size()))
-        starts = batch.feature_offsets
-        edges = starts[::block].tolist() + starts[-1:].tolist()
-        for i, u in enumerate(range(0, len(batch.features), block)):
-            first, last = edges[i], int(starts[min(u + block, len(batch.features))])
+        block = max(1, GRADIENT_BYTES[grad.device.type] // (R * D * grad.element_size()))
+        for u in range(0, len(batch.features), block):
             rows = batch.features[u : u + block]
+            first, last = int(batch.edges[u]), int(batch.edges[u + len(rows)])
             samples, values = batch.feature_samples[first:last], batch.feature_values[first:last]
-            offsets = starts[u : u + len(rows)] - first
+            offsets = batch.feature_offsets[u : u + len(rows)] - first
             yield rows, embedding_bag(samples, grad, offsets, mode="sum", per_sample_weights=values).view(-1, R, D)
 
 

@@ -4,10 +4,15 @@ Axes: R repetitions, N samples of the batch, B buckets, C buckets of a chunk, D 
 
 A step visits a chunk once: outputs, gradient in place of the outputs, gradient of the hidden vectors, update of the
 chunk's weights. Nothing of size N B or B D is kept beyond its chunk, so the full head of many labels fits.
+
+The three products of a step may run in bfloat16, from a copy of the weights that is kept beside them: sums are taken in
+float32 inside a product, the weights and the optimiser stay float32, and what is asked of a trained head is float32 too.
+Source: Micikevicius et al. 2018, arXiv:1710.03740 (master weights); Kalamkar et al. 2019, arXiv:1905.12322 (bfloat16).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +23,9 @@ from torch import Tensor
 from mach.config import Loss
 from mach.heads import losses
 
-CHUNK_BYTES = 64 << 20  # of the outputs of one chunk of buckets
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of the outputs of one chunk of buckets
 
-Update = Callable[[str, slice, Tensor], None]  # parameter name, buckets, their gradient
+Update = Callable[[str, slice, Tensor, Tensor | None], None]  # parameter name, buckets, their gradient, a copy to renew
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,16 @@ class Positives:
 
 
 class LinearHead:
-    """R heads of B outputs over D hidden units: weight (R, B, D), bias (R, B)."""
+    """R heads of B outputs over D hidden units: weight (R, B, D), bias (R, B).
 
-    def __init__(self, weight_RBD: Tensor, bias_RB: Tensor, *, chunk_bytes: int = CHUNK_BYTES):
-        self.weight, self.bias, self.chunk_bytes = weight_RBD, bias_RB, chunk_bytes
+    `step` multiplies in the type of the hidden vectors it is given.
+    """
+
+    def __init__(self, weight_RBD: Tensor, bias_RB: Tensor, *, chunk_bytes: int | None = None):
+        self.weight, self.bias = weight_RBD, bias_RB
+        self.chunk_bytes = chunk_bytes or CHUNK_BYTES[weight_RBD.device.type]
+        self._low: Tensor | None = None  # the weights in the type of the products, where that is another
+        self._rooms: dict[str, Tensor] = {}  # memory of a chunk, kept: handing it back and forth costs more than its use
 
     def logits(self, hidden_RND: Tensor) -> Tensor:
         """Give all outputs, shape (N, R, B), contiguous."""
@@ -61,37 +72,61 @@ class LinearHead:
     ) -> tuple[Tensor, Tensor | None]:
         """Update the head on one batch and give the gradient of the mean loss with respect to the hidden vectors.
 
-        `update(name, buckets, gradient)` is called once a chunk for "head.weight" and "head.bias", after the chunk's old
-        weights have served. Losses are summed over outputs and averaged over samples.
+        `update(name, buckets, gradient, copy)` is called once a chunk for "head.weight" and "head.bias", after the chunk's old
+        weights have served; `copy` (R, B, D) holds the weights in the type of the products, where that is another, or is None.
+        Losses are summed over outputs and averaged over samples.
 
-        Returns: gradient (R, N, D); the loss of each repetition (R,) in nats a sample (squared units for the hinge), if wanted.
+        Returns: gradient (R, N, D), of the weights' type; the loss of each repetition (R,) in nats a sample (squared units
+                 for the hinge), if wanted.
         """
         N = hidden_RND.shape[1]
-        chunks = list(self._chunks(N))
-        log_total = self._log_total(hidden_RND, chunks) if loss == "softmax" else None
-        grad_hidden = torch.zeros_like(hidden_RND)
-        total = hidden_RND.new_zeros(len(self.weight))
+        weight = self._weight_as(hidden_RND.dtype)
+        chunks = list(self._chunks(N, hidden_RND.element_size()))
+        log_total = self._log_total(hidden_RND, weight, chunks) if loss == "softmax" else None
+        mean_hidden = hidden_RND / N  # so that no pass over the outputs is spent on the division
+        grad_hidden = torch.zeros_like(hidden_RND, dtype=self.weight.dtype)
+        total = torch.zeros_like(self.bias[:, 0])
         for chunk in chunks:
-            z = self._outputs(hidden_RND, chunk)
+            z = self._outputs(hidden_RND, weight, chunk)
             value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
             total += 0 if value is None else value
-            z /= N
-            torch.baddbmm(grad_hidden, z, self.weight[:, chunk], out=grad_hidden)
-            update("head.weight", chunk, torch.bmm(z.transpose(1, 2), hidden_RND))
-            update("head.bias", chunk, z.sum(1))
-        return grad_hidden, total / N if want_loss else None
+            grad_hidden += torch.bmm(z, weight[:, chunk])
+            gradient = self._room("gradient", z.dtype, len(weight), z.shape[2], weight.shape[2])
+            update("head.weight", chunk, torch.bmm(z.transpose(1, 2), mean_hidden, out=gradient), self._low)
+            update("head.bias", chunk, z.sum(1, dtype=self.bias.dtype).div_(N), None)
+        return grad_hidden.div_(N), total / N if want_loss else None
 
-    def _chunks(self, n_samples: int) -> Iterator[slice]:
+    def _weight_as(self, dtype: torch.dtype) -> Tensor:
+        """Give the weights in the type of the products; a copy is kept, and brought up to date by `step` chunk by chunk."""
+        if dtype == self.weight.dtype:
+            self._low = None
+            return self.weight
+        if self._low is None or self._low.dtype != dtype:
+            self._low = self.weight.to(dtype)
+        return self._low
+
+    def _room(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Give memory of a shape, of no certain content: the same one each time, as long as it is large enough."""
+        room, n = self._rooms.get(name), math.prod(shape)
+        if room is None or room.dtype != dtype or room.numel() < n:
+            self._rooms[name] = room = torch.empty(n, dtype=dtype, device=self.weight.device)
+        return room[:n].view(shape)
+
+    def _chunks(self, n_samples: int, n_bytes: int) -> Iterator[slice]:
         R, B, _ = self.weight.shape
-        width = max(1, self.chunk_bytes // (R * max(1, n_samples) * self.weight.element_size()))
+        width = max(1, self.chunk_bytes // (R * max(1, n_samples) * n_bytes))
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 
-    def _outputs(self, hidden_RND: Tensor, chunk: slice) -> Tensor:
-        return torch.baddbmm(self.bias[:, chunk].unsqueeze(1), hidden_RND, self.weight[:, chunk].transpose(1, 2))
+    def _outputs(self, hidden_RND: Tensor, weight_RBD: Tensor, chunk: slice) -> Tensor:
+        bias = self.bias[:, chunk].unsqueeze(1).to(hidden_RND.dtype)
+        (R, N, _), C = hidden_RND.shape, bias.shape[2]
+        z = self._room("outputs", hidden_RND.dtype, R, N, C)
+        return torch.baddbmm(bias, hidden_RND, weight_RBD[:, chunk].transpose(1, 2), out=z)
 
-    def _log_total(self, hidden_RND: Tensor, chunks: list[slice]) -> Tensor:
+    def _log_total(self, hidden_RND: Tensor, weight_RBD: Tensor, chunks: list[slice]) -> Tensor:
         """Give the log-sum-exp over all outputs, (R, N), in a pass of its own that keeps no outputs."""
-        parts = [torch.logsumexp(self._outputs(hidden_RND, chunk), 2) for chunk in chunks]
+        kept = self.weight.dtype
+        parts = [torch.logsumexp(self._outputs(hidden_RND, weight_RBD, chunk).to(kept), 2) for chunk in chunks]
         return torch.logsumexp(torch.stack(parts), 0)
 
     @staticmethod
@@ -108,6 +143,6 @@ class LinearHead:
         if loss == "squared-hinge":
             return losses.squared_hinge(z_RNC, hits, want_loss)
         assert log_total_RN is not None
-        counts = positives.counts_RN.to(z_RNC.dtype)
+        counts = positives.counts_RN.to(log_total_RN.dtype)
         share = counts[repetitions, samples].reciprocal()
-        return losses.softmax(z_RNC, hits, want_loss, log_total_RN, share, (counts > 0).to(z_RNC.dtype))
+        return losses.softmax(z_RNC, hits, want_loss, log_total_RN, share, counts > 0)

@@ -53,8 +53,9 @@ def train_group(job: Job) -> None:
         torch.set_num_threads(job.threads)
     run, dataset = Run.open(job.run), Dataset.open(job.data)
     table = table_of(run.config, run.sizes, job.repetitions, dataset.label_names)
-    group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device))
     path = checkpoint_path(job.run, job.repetitions)
+    begun_in = getattr(torch, read_progress(path)["products"]) if path.exists() else None  # a run goes on as it began
+    group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device), products=begun_in)
     spent_s = _restore(group, path) if path.exists() else 0.0
     if job.checkpoint_first and not path.exists():
         write_checkpoint(path, group.tensors(), _progress(run, group, spent_s))
@@ -92,6 +93,7 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
             "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
             "peak_bytes": peak_bytes(group.device),
             "group": list(group.repetitions),
+            "products": str(group.products).removeprefix("torch."),
             "bucket_P@1": group.standings[r].best if group.held_out is not None else None,
         }
         run.add(number, parameters, facts)
@@ -105,6 +107,7 @@ def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
     return {
         "run": run.manifest["key"],
         "repetitions": list(group.repetitions),
+        "products": str(group.products).removeprefix("torch."),
         "step": group.step,
         "seconds": seconds,
         "standings": [dataclasses.asdict(s) for s in group.standings],

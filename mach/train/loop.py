@@ -25,7 +25,7 @@ from mach.errors import DataError
 from mach.hashing import LabelTable
 from mach.heads import Positives
 from mach.metrics import precision_at_k
-from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters
+from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters, resolve_precision
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
 
@@ -66,8 +66,9 @@ class Group:
 
     def __init__(
         self, config: Config, dataset: Dataset, sizes: Sizes, table: LabelTable, device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, products: torch.dtype | None = None,
     ):  # fmt: skip
+        self.products = products or (resolve_precision(config.precision, device) if dtype == torch.float32 else dtype)
         self.config, self.sizes, self.table, self.device, self.dtype = config, sizes, table, device, dtype
         self.repetitions = table.repetitions
         self.train = dataset.split("train")
@@ -129,7 +130,7 @@ class Group:
             batch,
             Positives.of(buckets, self.device),
             update=self.optimizer.update,
-            update_rows=self.optimizer.update_rows,
+            update_input=self.optimizer.update_input,
             drop=self._dropout() if self.config.dropout else None,
             want_loss=want_loss,
         )
@@ -169,7 +170,9 @@ class Group:
                 yield initial_parameters(self.config, self.sizes, generator, self.dtype)
 
         n = len(self.repetitions)
-        return Packed.join(each(), n, config=self.config, features=self.sizes.features, device=self.device)
+        return Packed.join(
+            each(), n, config=self.config, features=self.sizes.features, device=self.device, products=self.products
+        )
 
     def _validate(self, on_better: Callable[[int], None]) -> dict[str, float]:
         """Measure P@k of the group decoded together, and note each repetition's own standing."""

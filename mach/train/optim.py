@@ -1,16 +1,22 @@
 """AdamW for dense parameters, chunk by chunk; a row-wise Adam without momentum for the rows of the input layer.
 
-The fused kernel that updates a dense parameter in one pass is torch's. A row of the input layer is touched only by batches
-that hold its feature; it keeps one second moment a repetition instead of two moments a weight (R floats against 2 R D).
+A dense parameter is updated in one pass: by torch's fused kernel on a GPU, by our own on a CPU (`train/adamw.py`). A row of
+the input layer is touched only by batches that hold its feature; it keeps one second moment a repetition instead of two
+moments a weight (R floats against 2 R D).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from mach.encoders import Input, SparseBatch
+from mach.train.adamw import adamw_
+from mach.train.rows import update_rows_of
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -38,29 +44,39 @@ class Optimizer:
         """Start a step with its step sizes: one for the dense parameters, one for the rows of the input layer."""
         self.step, self.rate, self.row_rate = self.step + 1, rate, row_rate
 
-    def update(self, name: str, part: slice, gradient: Tensor) -> None:
-        """Update `parameter[:, part]` with a gradient of that shape (AdamW)."""
-        weight, first, second = (x[:, part].unbind(0) for x in (self.parameters[name], *self._moments(name)))
+    def update(self, name: str, part: slice, gradient: Tensor, low: Tensor | None = None) -> None:
+        """Update `parameter[:, part]` with a gradient of that shape (AdamW), and renew `low[:, part]`, its copy in bfloat16."""
+        weight, first, second = (x[:, part] for x in (self.parameters[name], *self._moments(name)))
+        gradient, copy = gradient.contiguous(), None if low is None else low[:, part]
+        if gradient.device.type == "cpu":
+            adamw_(
+                weight, first, second, gradient, copy,
+                step=self.step, rate=self.rate, betas=BETAS, epsilon=EPSILON, weight_decay=self.weight_decay,
+            )  # fmt: skip
+            return
+        weights, gradients, firsts, seconds = (list(x.unbind(0)) for x in (weight, gradient.to(weight.dtype), first, second))
         steps = [torch.tensor(self.step - 1.0, device=gradient.device) for _ in weight]  # the kernel adds one
         adamw(
-            list(weight),
-            list(gradient.contiguous().unbind(0)),  # the kernel reads its memory in a row
-            list(first),
-            list(second),
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=self.rate,
-            weight_decay=self.weight_decay,
-            eps=EPSILON,
-            maximize=False,
-        )
+            weights, gradients, firsts, seconds, [], steps, fused=True, amsgrad=False,
+            beta1=BETAS[0], beta2=BETAS[1], lr=self.rate, weight_decay=self.weight_decay, eps=EPSILON, maximize=False,
+        )  # fmt: skip
+        if copy is not None:
+            copy.copy_(weight)
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
         return self.state[f"{name}.first"], self.state[f"{name}.second"]
+
+    def update_input(self, layer: Input, batch: Any, grad_NRD: Tensor) -> None:
+        """Update the input weight from the gradient of z on one batch."""
+        if isinstance(batch, SparseBatch) and grad_NRD.device.type == "cpu":
+            second, correction = self.state[f"{self.row_wise}.second"], 1 - BETAS[1] ** self.step
+            update_rows_of(
+                layer.weight, second, batch, grad_NRD,
+                rate=self.row_rate, beta=BETAS[1], correction=correction, epsilon=EPSILON,
+            )  # fmt: skip
+        else:
+            for rows, gradient in layer.gradient(batch, grad_NRD):
+                self.update_rows(rows, gradient)
 
     def update_rows(self, rows: Tensor | None, gradient_URD: Tensor) -> None:
         """Update rows of the input weight (None: all of them), one step size a row and repetition.

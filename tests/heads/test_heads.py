@@ -49,7 +49,7 @@ def step(hidden, weight, bias, positives, loss, *, chunk_bytes, want_loss=True):
     """Take the head's step; give what `reference` gives, each bucket's gradients put together from the chunks."""
     found, seen = {"head.weight": torch.full_like(weight, math.nan), "head.bias": torch.full_like(bias, math.nan)}, []
 
-    def update(name, buckets, gradient):
+    def update(name, buckets, gradient, copy):
         found[name][:, buckets] = gradient
         seen.append((name, buckets))
         {"head.weight": weight, "head.bias": bias}[name][:, buckets] = 1e30  # what comes after must not look at old chunks
@@ -157,3 +157,38 @@ def test_positives_equal_sets(R, N, B, seed, share):
     assert triples == sorted(truth)
     assert found.counts_RN.tolist() == [[len({b for r, m, b in truth if (r, m) == (q, n)}) for n in range(N)] for q in range(R)]
     assert {x.dtype for x in (found.repetitions, found.samples, found.buckets, found.counts_RN)} == {torch.int64}
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from(LOSSES), st.integers(1, 26))
+def test_products_in_bfloat16_err_by_its_rounding_only(problem, loss, width):
+    """Against float64 on the same rounded hidden vectors and weights, in units of the largest gradient."""
+    hidden, weight, bias, is_positive = problem
+    low, weight = hidden.bfloat16(), weight.bfloat16().float()  # R and N as the chunks need them
+    truth = reference(low.double(), weight.double(), bias.float().double(), is_positive, loss)
+    R, N, _ = hidden.shape
+    found = step(low, weight.clone(), bias.float(), positives_of(is_positive), loss, chunk_bytes=width * R * N * 2)
+    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.float32, torch.float32]
+    outputs = float(torch.einsum("rnd,rbd->rnb", low.double(), weight.double()).abs().max()) + float(bias.abs().max())
+    for ours, exact in zip(found, truth, strict=True):
+        scale = float(exact.abs().max()) + (weight.shape[1] * outputs if ours is found[0] else outputs)
+        torch.testing.assert_close(ours.double(), exact, rtol=0.02, atol=0.02 * scale)
+
+
+def test_the_copy_for_the_products_is_the_callers_to_renew():
+    """The head makes it once, hands it to `update` with each chunk, and multiplies by what it holds from then on."""
+    weight, bias = torch.zeros(1, 6, 2), torch.zeros(1, 6)
+    head = LinearHead(weight, bias, chunk_bytes=2 * 2)
+    hidden, none = torch.ones(1, 1, 2).bfloat16(), positives_of(np.zeros((1, 1, 6), bool))
+    copies = []
+
+    def update(name, buckets, gradient, copy):
+        if name == "head.weight":
+            copies.append(copy)
+            weight[:, buckets] = 1.0
+            copy[:, buckets] = weight[:, buckets]
+
+    head.step(hidden, none, loss="squared-hinge", update=update, want_loss=False)
+    assert len(copies) == 3 and all(copy is copies[0] for copy in copies)
+    gradient, _ = head.step(hidden, none, loss="squared-hinge", update=update, want_loss=False)
+    assert gradient.flatten().tolist() == [6 * 2 * 3.0] * 2  # sum over buckets of 2 (1 + z) w with z = 2, w = 1

@@ -1,0 +1,74 @@
+"""A feature's row: its gradient is summed up and its Adam step taken in one visit, so no gradient row is ever written to memory.
+
+U distinct features of the batch, N samples, F features, R repetitions packed side by side, D hidden width.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mach.encoders import SparseBatch
+from mach.kernels import in_threads, jit_sums
+
+TASKS = 8  # a thread, so that none waits long for the last
+
+
+def update_rows_of(
+    weight_FRD: Tensor, second_FR: Tensor, batch: SparseBatch, grad_NRD: Tensor, *, rate: float, beta: float, correction: float,
+    epsilon: float,
+) -> None:  # fmt: skip
+    """Update the rows that a batch touches, in place, from the gradient of z, on the CPU.
+
+    g = sum over the feature's samples of value times gradient;  v <- beta v + (1 - beta) mean_d g^2;
+    w <- w - rate g / (sqrt(v / correction) + epsilon).  The same bits for any number of threads.
+    """
+    U, n_threads = len(batch.features), torch.get_num_threads()
+    n_parts = min(U, TASKS * n_threads)
+    cuts = np.searchsorted(batch.edges, batch.edges[-1] * np.arange(n_parts + 1) // max(1, n_parts))
+    cuts[-1:] = U
+    dtype = weight_FRD.numpy().dtype.type
+    numbers = dtype(rate), dtype(1 - beta), dtype(1 / correction), dtype(epsilon)
+    arrays = (batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_NRD.transpose(0, 1))
+    shared = weight_FRD.numpy(), second_FR.numpy(), *(x.contiguous().numpy() for x in arrays)
+    in_threads(_update, [(*shared, *numbers, int(a), int(b)) for a, b in itertools.pairwise(cuts)], n_threads)
+
+
+@jit_sums
+def _update(
+    weight_FRD: np.ndarray, second_FR: np.ndarray,
+    features: np.ndarray, offsets: np.ndarray, samples: np.ndarray, values: np.ndarray, grad_RND: np.ndarray,
+    rate: float, share: float, inverse: float, epsilon: float, first: int, last: int,
+) -> None:  # fmt: skip
+    """Visit the features [first, last) of the batch; four samples a pass, to read and write the sum less often."""
+    _, R, D = weight_FRD.shape
+    sums = np.empty(D, weight_FRD.dtype)
+    for u in range(first, last):
+        f, begin, end = features[u], offsets[u], offsets[u + 1]
+        for r in range(R):
+            sums[:] = 0
+            i = begin
+            while i + 4 <= end:
+                a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
+                one, two = grad_RND[r, samples[i]], grad_RND[r, samples[i + 1]]
+                three, four = grad_RND[r, samples[i + 2]], grad_RND[r, samples[i + 3]]
+                for j in range(D):
+                    sums[j] += a * one[j] + b * two[j] + c * three[j] + d * four[j]
+                i += 4
+            while i < end:
+                a, one = values[i], grad_RND[r, samples[i]]
+                for j in range(D):
+                    sums[j] += a * one[j]
+                i += 1
+            square = sums[0] * 0
+            for j in range(D):
+                square += sums[j] * sums[j]
+            second = second_FR[f, r] + share * (square / D - second_FR[f, r])
+            second_FR[f, r] = second
+            scale = rate / (np.sqrt(second * inverse) + epsilon)
+            row = weight_FRD[f, r]
+            for j in range(D):
+                row[j] -= scale * sums[j]
