@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 
 N_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores this process may use; the environment variable of that name lowers it
 
@@ -31,6 +32,28 @@ def jit_ieee(function: _Function) -> _Function:
 def jit_sums(function: _Function) -> _Function:
     """Compile a kernel whose sums may be taken in another order and fused, so that they vectorise: the same order every time."""
     return cast(_Function, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})(function))
+
+
+def array_of(tensor: Any) -> Any:
+    """Give a tensor of the CPU as a numpy array on the same memory; bfloat16, which numpy lacks, as its bits, uint16."""
+    import torch  # here, since most kernels need none of it
+
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@jit
+def float_of(bits: np.uint16) -> np.float32:
+    """Give the number that the bits of a bfloat16 stand for: the upper half of a float32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@jit
+def bits_of(x: np.float32) -> np.uint16:
+    """Round to the nearest bfloat16, ties to even; a NaN stays one."""
+    if x != x:
+        return np.uint16(0x7FC0)
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 def in_threads(kernel: Callable[..., None], tasks: Sequence[tuple[Any, ...]], n_threads: int) -> None:

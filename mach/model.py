@@ -23,7 +23,7 @@ from torch import Tensor
 from mach.config import Config, Estimator, Loss, Precision
 from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
-from mach.encoders import MLP, DenseBatch, SparseBatch, input_for, make_batch
+from mach.encoders import MLP, DenseBatch, Dropout, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
 from mach.hashing import LabelTable
 from mach.heads import LinearHead, Positives, Update
@@ -131,33 +131,18 @@ class Packed:
         *,
         update: Update,
         update_input: Callable[[Any, Batch, Tensor], None],
-        drop: Callable[[Tensor], Tensor] | None,
+        drop: Dropout | None,
         want_loss: bool,
     ) -> Tensor | None:
         """Take one optimisation step; give the loss of each repetition (R,), in nats a sample, if wanted.
 
-        The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; autograd carries it
-        through the MLP; what arrives at the input layer updates the rows that the batch touched.
+        The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; the MLP carries it on and
+        updates its own; what arrives at the input layer updates the rows that the batch touched.
         """
-        learnt = [name for name in self.parameters if name != INPUT and not name.startswith("head.")]
         with torch.no_grad():
-            z = self.input.forward(batch)
-        leaves = [self.parameters[name].requires_grad_() for name in learnt]
-        z.requires_grad_()
-        low = self.products == torch.bfloat16
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=low):
-            hidden = self.mlp.forward(z, drop)
-        with torch.no_grad():
-            grad_hidden, loss = self.head.step(
-                hidden.detach().to(self.products) if low else hidden.detach(),
-                positives, loss=self.config.loss, update=update, want_loss=want_loss,
-            )  # fmt: skip
-        grads = torch.autograd.grad(hidden, [z, *leaves], grad_hidden)
-        with torch.no_grad():
-            for name, gradient in zip(learnt, grads[1:], strict=True):
-                self.parameters[name].requires_grad_(False)
-                update(name, slice(None), gradient, None)
-            update_input(self.input, batch, grads[0])
+            hidden, kept = self.mlp.learn(self.input.forward(batch), drop, self.products)
+            grad, loss = self.head.step(hidden, positives, loss=self.config.loss, update=update, want_loss=want_loss)
+            update_input(self.input, batch, self.mlp.backward(kept, grad, drop, update))
         return loss
 
 

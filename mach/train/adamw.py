@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mach.kernels import in_threads, jit, jit_ieee
+from mach.kernels import array_of, bits_of, float_of, in_threads, jit_ieee
 
 LEAST = 1 << 16  # weights of one task; below, handing out tasks costs more than it saves
 
@@ -32,32 +32,12 @@ def adamw_(
     tasks = []
     for r in range(len(weight_RX)):
         tensors = [weight_RX[r], first_RX[r], second_RX[r], gradient_RX[r]] + ([] if low_RX is None else [low_RX[r]])
-        flat = [_array(x.view(-1)) for x in tensors]
+        flat = [array_of(x.view(-1)) for x in tensors]
         if low_RX is None:
             flat.append(np.empty(0, np.uint16))
         cuts = range(0, len(flat[0]), max(LEAST, -(-len(flat[0]) // torch.get_num_threads())))
         tasks += [(*(x[a : a + cuts.step] for x in flat), *numbers) for a in cuts]
     in_threads(_adamw_low if gradient_RX.dtype == torch.bfloat16 else _adamw, tasks, torch.get_num_threads())
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """Give a tensor as an array on the same memory; bfloat16, which numpy lacks, as its bits."""
-    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
-
-
-@jit
-def float_of(bits: np.uint16) -> np.float32:
-    """Give the number that the bits of a bfloat16 stand for: the upper half of a float32."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@jit
-def bits_of(x: np.float32) -> np.uint16:
-    """Round to the nearest bfloat16, ties to even; a NaN stays one."""
-    if x != x:
-        return np.uint16(0x7FC0)
-    bits = np.float32(x).view(np.uint32)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @jit_ieee

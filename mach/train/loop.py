@@ -20,7 +20,7 @@ from torch import Tensor
 from mach.config import Config
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import decode_topk
-from mach.encoders import make_batch
+from mach.encoders import Dropout, make_batch
 from mach.errors import DataError
 from mach.hashing import LabelTable
 from mach.heads import Positives
@@ -131,7 +131,7 @@ class Group:
             Positives.of(buckets, self.device),
             update=self.optimizer.update,
             update_input=self.optimizer.update_input,
-            drop=self._dropout() if self.config.dropout else None,
+            drop=self._dropout(),
             want_loss=want_loss,
         )
         self.step += 1
@@ -140,26 +140,15 @@ class Group:
     def _batch(self, features: CSR | np.ndarray) -> Batch:
         return make_batch(features, normalize=self.config.normalize, device=self.device, dtype=self.dtype)
 
-    def _dropout(self) -> Callable[[Tensor], Tensor]:
-        """Give a function that drops entries of (R, N, D), each repetition with its own generator of (seed, repetition, step).
-
-        An entry takes one random byte: the share kept is a multiple of 1/256, and drawing costs a tenth of a float each.
-        """
+    def _dropout(self) -> Dropout | None:
+        """Give the dropout of this step, each repetition with its own generator of (seed, repetition, step)."""
+        if not self.config.dropout:
+            return None
         generators = []
         for r in self.repetitions:
             generator = torch.Generator(self.device)
             generators.append(generator.manual_seed(seed_of(self.config.seed, "dropout", r, self.step)))
-        kept_of_256 = round(256 * (1 - self.config.dropout)) or 1
-
-        def drop(hidden_RND: Tensor) -> Tensor:
-            R, N, D = hidden_RND.shape
-            bits = torch.empty(R, -(-N * D // 8), dtype=torch.int64, device=self.device)
-            for part, generator in zip(bits, generators, strict=True):
-                part.random_(-(2**63), None, generator=generator)
-            mask = bits.view(torch.uint8)[:, : N * D].reshape(R, N, D) <= kept_of_256 - 1  # a byte holds no 256
-            return hidden_RND * mask * (256 / kept_of_256)
-
-        return drop
+        return Dropout(self.config.dropout, generators)
 
     def _initial(self) -> Packed:
         """Draw the initial weights, each repetition with its own generator."""
