@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ SPARK = "▁▂▃▄▅▆▇█"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit status."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's idle threads would keep our kernels' threads off the cores for ms
     args = _parser().parse_args(argv)
     try:
         args.run(args)

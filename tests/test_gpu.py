@@ -33,11 +33,11 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
     train(CONFIG, tiny, tmp_path / "whole", device="cuda:0")
     steps, step = [], group.Group._step
 
-    def stopped(self, rows, want_loss):
+    def stopped(self, ready, want_loss):
         steps.append(self.step)
         if len(steps) == 37:
             raise KeyboardInterrupt
-        return step(self, rows, want_loss)
+        return step(self, ready, want_loss)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(group.Group, "_step", stopped)

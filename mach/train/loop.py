@@ -26,6 +26,7 @@ from mach.hashing import LabelTable
 from mach.heads import Positives
 from mach.metrics import precision_at_k
 from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters, resolve_precision
+from mach.train.feed import ahead
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
 
@@ -46,6 +47,15 @@ class StepRecord:
     loss: float | None = None  # nats a sample, mean over the group's repetitions; every LOSS_EVERY steps
     peak_bytes: int | None = None  # of the process (CPU) or the device's allocator; with the loss
     validation: dict[str, float] | None = None  # P@k of the group decoded together; at the end of an epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """One batch on the device."""
+
+    rows: np.ndarray  # of the train split
+    batch: Batch
+    positives: Positives
 
 
 @dataclass(slots=True)
@@ -96,39 +106,53 @@ class Group:
 
     def steps(self, on_better: Callable[[int], None]) -> Iterator[StepRecord]:
         """Train until done, yielding a record a step. `on_better(r)` marks a best epoch of the r-th packed repetition."""
-        order, order_epoch = np.empty(0, np.int64), -1
-        while not self.done:
-            epoch, place = divmod(self.step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = self.rows[order_of(len(self.rows), self.config.seed, epoch)], epoch
-            rows = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
-            want_loss = self.step % LOSS_EVERY == 0 or self.step + 1 == self.n_steps
-            loss = self._step(rows, want_loss)
-            ends_epoch = place + 1 == self.steps_per_epoch
-            validation = self._validate(on_better) if ends_epoch and self.held_out is not None else None
-            now = time.perf_counter()
-            seconds, self._began = now - self._began, now
-            yield StepRecord(
-                step=self.step,
-                n_steps=self.n_steps,
-                epoch=epoch + 1,
-                samples_per_s=len(rows) / max(seconds, 1e-9),
-                rate=self.optimizer.rate,
-                loss=None if loss is None else float(loss.mean()),
-                peak_bytes=peak_bytes(self.device) if want_loss else None,
-                validation=validation,
-            )
+        batches = ahead(self._prepare, self._rows_to_come())
+        try:
+            while not self.done:
+                yield self._record(next(batches), on_better)
+        finally:
+            batches.close()
 
-    def _step(self, rows: np.ndarray, want_loss: bool) -> Tensor | None:
-        """Train on one batch: the samples `rows`."""
+    def _rows_to_come(self) -> Iterator[np.ndarray]:
+        """Give the rows of each batch still to come: a function of the seed and the step."""
+        size, (epoch, place) = self.config.batch_size, divmod(self.step, self.steps_per_epoch)
+        for e in range(epoch, self.config.epochs):
+            order = self.rows[order_of(len(self.rows), self.config.seed, e)]
+            yield from (order[i * size : (i + 1) * size] for i in range(place if e == epoch else 0, self.steps_per_epoch))
+
+    def _prepare(self, rows: np.ndarray) -> Ready:
+        """Read the samples `rows` and bring them to the device."""
         features, labels = take(self.train.features, rows), take_rows(self.train.labels, rows)
-        batch = self._batch(features)
         buckets = [self.table.positives(labels.indptr, labels.indices, r) for r in range(len(self.repetitions))]
+        return Ready(rows, self._batch(features), Positives.of(buckets, self.device))
+
+    def _record(self, ready: Ready, on_better: Callable[[int], None]) -> StepRecord:
+        """Take one step, validate at the end of an epoch, and say what happened."""
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        want_loss = self.step % LOSS_EVERY == 0 or self.step + 1 == self.n_steps
+        loss = self._step(ready, want_loss)
+        ends_epoch = place + 1 == self.steps_per_epoch
+        validation = self._validate(on_better) if ends_epoch and self.held_out is not None else None
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        return StepRecord(
+            step=self.step,
+            n_steps=self.n_steps,
+            epoch=epoch + 1,
+            samples_per_s=len(ready.rows) / max(seconds, 1e-9),
+            rate=self.optimizer.rate,
+            loss=None if loss is None else float(loss.mean()),
+            peak_bytes=peak_bytes(self.device) if want_loss else None,
+            validation=validation,
+        )
+
+    def _step(self, ready: Ready, want_loss: bool) -> Tensor | None:
+        """Train on one batch."""
         share = rate_at(self.step, self.n_steps, self.config.warmup)
         self.optimizer.begin_step(rate=share * self.config.learning_rate, row_rate=share * self.config.input_learning_rate)
         loss = self.packed.step(
-            batch,
-            Positives.of(buckets, self.device),
+            ready.batch,
+            ready.positives,
             update=self.optimizer.update,
             update_input=self.optimizer.update_input,
             drop=self._dropout(),

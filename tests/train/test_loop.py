@@ -159,7 +159,7 @@ def test_a_record_a_step(tiny):
 def test_each_epoch_visits_every_sample_once(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        Group, "_step", lambda self, rows, want_loss: (seen.append(rows), setattr(self, "step", self.step + 1))[0]
+        Group, "_step", lambda self, ready, want_loss: (seen.append(ready.rows), setattr(self, "step", self.step + 1))[0]
     )
     group = group_of(SMALL.replace(batch_size=64), tiny)
     run(group)
