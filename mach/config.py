@@ -45,6 +45,10 @@ class Config:
     dropout: float = _setting(0.3, "share of the hidden vector dropped while training", 0, 0.99)
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
 
+    feature_buckets: int = _setting(
+        0, "hash the features into so many rows, differently in each repetition; 0: a row a feature", 0
+    )
+
     loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
     epochs: int = _setting(6, "passes over the training samples", 1)
     batch_size: int = _setting(256, "samples a step", 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from mach.heads import LinearHead, Positives, Update
 INPUT = "input.weight"
 INPUT_SCALE = 0.1  # standard deviation of the initial input weights
 SCORE_BYTES = 64 << 20  # of the bucket scores held at once while predicting
+FEATURE_SEED = 1 << 40  # so that features are not hashed as labels are
 DEFAULT_ESTIMATOR: Estimator = "logits"
 
 Batch = SparseBatch | DenseBatch
@@ -48,13 +50,30 @@ class Sizes:
     labels_a_sample: float  # mean over the training samples
 
 
+def feature_buckets(config: Config, sizes: Sizes, repetitions: Sequence[int]) -> np.ndarray | None:
+    """Give the row of the input weight that each feature hashes to in each repetition, (R, F); None where each has its own.
+
+    Source: Weinberger et al. 2009, arXiv:0902.2206 (hashed features); Medini et al. 2019 hash them anew in each repetition.
+
+    Raises: ConfigError if there are more rows than features, or the features are dense.
+    """
+    if not config.feature_buckets:
+        return None
+    if sizes.features == "dense" or not 2 <= config.feature_buckets <= sizes.n_features:
+        allowed = "0 for dense features" if sizes.features == "dense" else f"0, or lie in [2, {sizes.n_features}], the features"
+        raise ConfigError(f"feature_buckets={config.feature_buckets} must be {allowed}")
+    seed = config.seed ^ FEATURE_SEED
+    table = LabelTable.hashed(sizes.n_features, config.feature_buckets, repetitions=tuple(repetitions), seed=seed)
+    return table.array()
+
+
 def initial_parameters(config: Config, sizes: Sizes, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
     """Draw one repetition's weights, in a fixed order, from its own generator: normal, scaled by the fan-in.
 
     Biases are zero but the head's, which start where an output that is positive as seldom as buckets are on average belongs:
     otherwise most of the training goes into learning that almost every bucket is negative.
     """
-    F, B, D = sizes.n_features, sizes.n_buckets, config.hidden
+    F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
 
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).to(dtype)
@@ -90,7 +109,9 @@ class Packed:
         self, parameters: dict[str, Tensor], *, config: Config, features: Features, products: torch.dtype = torch.float32
     ):
         self.parameters, self.config, self.features, self.products = parameters, config, features, products
-        self.input: Any = input_for(features, parameters[INPUT])  # takes the batches of its own kind, which checkers cannot know
+        self.input: Any = input_for(
+            features, parameters[INPUT], is_hashed=config.feature_buckets > 0
+        )  # takes the batches of its own kind, which checkers cannot know
         self.mlp = MLP(parameters)
         self.head = LinearHead(parameters["head.weight"], parameters["head.bias"])
 
@@ -173,11 +194,17 @@ class Model:
 
     def bucket_logits(self, features: CSR | np.ndarray) -> np.ndarray:
         """Give the raw outputs of every head, float32 (N, R, B): 4 N R B bytes, so callers take few rows at a time."""
-        batch = make_batch(features, normalize=self.config.normalize, device=self.device)
-        out = np.empty((len(batch), len(self.repetitions), self.sizes.n_buckets), np.float32)
+        out = np.empty((len(features), len(self.repetitions), self.sizes.n_buckets), np.float32)
         for r, packed in enumerate(self.repetitions):
+            if r == 0 or self._feature_buckets is not None:
+                rows = None if self._feature_buckets is None else self._feature_buckets[r : r + 1]
+                batch = make_batch(features, normalize=self.config.normalize, device=self.device, buckets_RF=rows)
             out[:, r] = packed.logits(batch)[:, 0].cpu().numpy()
         return out
+
+    @cached_property
+    def _feature_buckets(self) -> np.ndarray | None:
+        return feature_buckets(self.config, self.sizes, self.table.repetitions)
 
     def predict_topk(self, X: Any, k: int = 5, *, estimator: Estimator = DEFAULT_ESTIMATOR) -> TopK:
         """Give the k best labels of each sample, best first, ties by the smaller label id.

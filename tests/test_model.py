@@ -15,7 +15,9 @@ from mach import model as model_module
 from mach.config import Config, Estimator, Loss
 from mach.data import CSR
 from mach.errors import ConfigError, DataError, MachError, ModelError
-from mach.model import Model, Packed, Sizes, initial_parameters, prior_output, resolve_device
+from mach.hashing import LabelTable
+from mach.model import Model, Packed, Sizes, feature_buckets, initial_parameters, prior_output, resolve_device, resolve_precision
+from mach.parallel import train
 
 CONFIG = Config(buckets=13, repetitions=3, hidden=9, batch_size=50, epochs=2)
 CPU = torch.device("cpu")
@@ -214,3 +216,47 @@ def test_devices_are_resolved_or_refused():
             resolve_device(name)
     with pytest.raises(ConfigError, match=r"device='cuda:64': this machine has \d+ CUDA devices"):
         resolve_device("cuda:64")
+
+
+def test_features_are_hashed_the_same_in_training_and_prediction(tiny, tmp_path):
+    config = CONFIG.replace(feature_buckets=30, epochs=12, precision="float32")
+    model = train(config, tiny, tmp_path / "run")
+    X = tiny.split("test").features
+    logits = model.bucket_logits(X)
+    packed = Packed.join((each.repetition(0) for each in model.repetitions), 3, config=config, features="sparse", device=CPU)
+    rows = feature_buckets(config, model.sizes, (0, 1, 2))
+    batch = model_module.make_batch(X, normalize=True, device=CPU, buckets_RF=rows)
+    np.testing.assert_allclose(packed.logits(batch).numpy(), logits, rtol=1e-4, atol=1e-5)
+    part = model.select([2, 0])
+    np.testing.assert_array_equal(part.bucket_logits(X), logits[:, [2, 0]])
+    assert model.repetitions[0].parameters["input.weight"].shape == (30, 1, config.hidden)
+
+
+def test_the_hash_of_features_is_frozen_and_not_that_of_labels():
+    sizes = Sizes(n_features=1000, n_labels=1000, n_buckets=64, features="sparse", labels_a_sample=1.0)
+    found = feature_buckets(Config(feature_buckets=64), sizes, (0, 5))
+    assert found[:, [0, 1, 999]].tolist() == [[16, 0, 7], [29, 15, 3]]
+    labels = LabelTable.hashed(1000, 64, repetitions=(0, 5)).array()
+    assert (found == labels).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("features", "n", "allowed"),
+    [("sparse", 1, r"0, or lie in \[2, 6\], the features"), ("sparse", 7, r"0, or lie in \[2, 6\]"), ("dense", 3, "0 for dense")],
+)
+def test_features_that_cannot_be_hashed_are_refused(features, n, allowed):
+    sizes = Sizes(n_features=6, n_labels=20, n_buckets=5, features=features, labels_a_sample=1.0)
+    with pytest.raises(ConfigError, match=f"feature_buckets={n} must be {allowed}"):
+        feature_buckets(Config(feature_buckets=n), sizes, (0,))
+
+
+def test_the_type_of_the_products(monkeypatch):
+    assert resolve_precision("float32", CPU) == torch.float32
+    assert resolve_precision("bfloat16", CPU) == torch.bfloat16
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", bool)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert resolve_precision("auto", CPU) == dtype
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert resolve_precision("auto", CPU) == torch.float32  # an older torch cannot tell

@@ -5,7 +5,8 @@ N samples of the batch, F features, R repetitions packed side by side, D hidden 
 Repetitions lie next to each other in a feature's row, so one gather serves them all. For sparse features forward is a
 bag of rows, and backward is the same bag of the transposed batch: only rows that the batch touches are read or written,
 and no gradient of the size of the table exists. On a CPU the optimiser goes further and makes a row's gradient and updates
-the row in one visit (`train/rows.py`).
+the row in one visit (`train/rows.py`). Features may be hashed into fewer rows, differently in each repetition: then a row
+holds one repetition, and a sample has a bag for each repetition.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ GRADIENT_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of one block of row gradie
 
 @dataclass(frozen=True, slots=True)
 class SparseBatch:
-    """N samples of sparse features, by sample and transposed (by feature), on one device."""
+    """N samples of sparse features, by sample and transposed (by feature), on one device.
+
+    With hashed features the samples are R N bags, repetition by repetition, and the features are rows: F R of them, row f R + r
+    for bucket f of repetition r.
+    """
 
     edges: np.ndarray  # feature_offsets, in host memory
     offsets: Tensor  # int32 (N,), where each sample begins
@@ -52,9 +57,13 @@ class DenseBatch:
 
 
 def make_batch(
-    features: CSR | np.ndarray, *, normalize: bool, device: torch.device, dtype: torch.dtype = torch.float32
-) -> SparseBatch | DenseBatch:
-    """Move N samples to a device, each scaled to Euclidean length 1 if asked (a sample of zeros stays zeros)."""
+    features: CSR | np.ndarray, *, normalize: bool, device: torch.device, dtype: torch.dtype = torch.float32,
+    buckets_RF: np.ndarray | None = None,
+) -> SparseBatch | DenseBatch:  # fmt: skip
+    """Move N samples to a device, each scaled to Euclidean length 1 if asked (a sample of zeros stays zeros).
+
+    Args: buckets_RF, the row of each feature in each repetition, where sparse features are hashed; below 2**31 / R.
+    """
     if isinstance(features, np.ndarray):
         dense = torch.tensor(features, dtype=dtype, device=device)
         if normalize:
@@ -68,7 +77,14 @@ def make_batch(
         values = values / np.where(norms > 0, norms, 1)[samples]
     offsets, indices = features.indptr[:-1].astype(np.int32), np.array(features.indices, dtype=np.int32)
     values = values.astype(np.float64 if dtype == torch.float64 else np.float32)
-    by_feature = _transpose(indices, samples, values, features.n_columns)
+    n_rows = features.n_columns
+    if buckets_RF is not None:
+        R, n_rows = len(buckets_RF), (int(buckets_RF.max()) + 1) * len(buckets_RF)
+        each = np.arange(R, dtype=np.int32)[:, None]
+        indices = (buckets_RF[:, indices].astype(np.int32) * np.int32(R) + each).ravel()
+        samples, offsets = (samples + each * len(lengths)).ravel(), (offsets + each * len(values)).ravel()
+        values = np.tile(values, R)
+    by_feature = _transpose(indices, samples, values, n_rows)
     tensors = [_to(device, array) for array in (offsets, indices, values, *by_feature)]
     return SparseBatch(by_feature[1], *tensors)
 
@@ -121,26 +137,34 @@ def _by_feature(
 class SparseInput:
     """Weight (F, R, D); z = x W for each repetition, as a sum of rows."""
 
-    def __init__(self, weight_FRD: Tensor):
-        self.weight = weight_FRD
+    def __init__(self, weight_FRD: Tensor, *, is_hashed: bool = False):
+        self.weight, self.is_hashed = weight_FRD, is_hashed
 
     def forward(self, batch: SparseBatch) -> Tensor:
         """Give z, shape (N, R, D); a sample without features gives zeros."""
         _, R, D = self.weight.shape
-        z = embedding_bag(batch.indices, self.weight.flatten(1), batch.offsets, mode="sum", per_sample_weights=batch.values)
-        return z.view(len(batch), R, D)
+        rows = self.weight.view(-1, D) if self.is_hashed else self.weight.flatten(1)
+        z = embedding_bag(batch.indices, rows, batch.offsets, mode="sum", per_sample_weights=batch.values)
+        return z.view(R, -1, D).transpose(0, 1) if self.is_hashed else z.view(-1, R, D)
+
+    def by_bag(self, grad_NRD: Tensor) -> Tensor:
+        """Give a gradient of z as the batch's bags have it: (N, R, D), or (R N, 1, D) where features are hashed."""
+        return grad_NRD.transpose(0, 1).reshape(-1, 1, grad_NRD.shape[2]) if self.is_hashed else grad_NRD
 
     def gradient(self, batch: SparseBatch, grad_NRD: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """Yield (features (u,), their gradient (u, R, D)) in blocks that together hold each touched row once."""
-        _, R, D = self.weight.shape
-        grad = grad_NRD.flatten(1)
-        block = max(1, GRADIENT_BYTES[grad.device.type] // (R * D * grad.element_size()))
+        """Yield (rows (u,), their gradient (u, R, D)) in blocks that together hold each touched row once.
+
+        Where features are hashed, rows are those of the weight seen as (F R, 1, D).
+        """
+        grad = self.by_bag(grad_NRD)
+        shape, grad = grad.shape[1:], grad.flatten(1)
+        block = max(1, GRADIENT_BYTES[grad.device.type] // (grad.shape[1] * grad.element_size()))
         for u in range(0, len(batch.features), block):
             rows = batch.features[u : u + block]
             first, last = int(batch.edges[u]), int(batch.edges[u + len(rows)])
             samples, values = batch.feature_samples[first:last], batch.feature_values[first:last]
             offsets = batch.feature_offsets[u : u + len(rows)] - first
-            yield rows, embedding_bag(samples, grad, offsets, mode="sum", per_sample_weights=values).view(-1, R, D)
+            yield rows, embedding_bag(samples, grad, offsets, mode="sum", per_sample_weights=values).view(-1, *shape)
 
 
 class DenseInput:
@@ -161,6 +185,6 @@ class DenseInput:
 Input = SparseInput | DenseInput
 
 
-def input_for(features: str, weight_FRD: Tensor) -> Input:
+def input_for(features: str, weight_FRD: Tensor, *, is_hashed: bool = False) -> Input:
     """Give the input layer for `sparse` or `dense` features over a weight of shape (F, R, D)."""
-    return SparseInput(weight_FRD) if features == "sparse" else DenseInput(weight_FRD)
+    return SparseInput(weight_FRD, is_hashed=is_hashed) if features == "sparse" else DenseInput(weight_FRD)

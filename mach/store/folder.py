@@ -33,7 +33,7 @@ from mach.data.strings import Strings
 from mach.errors import ConfigError, ModelError
 from mach.files import atomic, checksum, read_json, write_json
 from mach.hashing import LabelTable
-from mach.model import Model, Packed, Sizes
+from mach.model import Model, Packed, Sizes, feature_buckets
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -43,17 +43,19 @@ MAX_REPETITIONS = 100_000
 def sizes_of(config: Config, dataset: Dataset) -> Sizes:
     """Give the sizes of a model of this config over a data set.
 
-    Raises: ConfigError if B exceeds K.
+    Raises: ConfigError if B exceeds K, or features cannot be hashed as the config says.
     """
     train = dataset.split("train")
     dense, labels = isinstance(train.features, np.ndarray), train.labels
-    return Sizes(
+    sizes = Sizes(
         n_features=dataset.n_features,
         n_labels=dataset.n_labels,
         n_buckets=config.n_buckets(dataset.n_labels),
         features="dense" if dense else "sparse",
         labels_a_sample=labels.nnz / max(1, len(labels)),
     )
+    feature_buckets(config, sizes, [0])
+    return sizes
 
 
 def table_of(config: Config, sizes: Sizes, repetitions: Sequence[int], label_names: Sequence[str] | None) -> LabelTable:

@@ -25,7 +25,7 @@ from mach.errors import DataError
 from mach.hashing import LabelTable
 from mach.heads import Positives
 from mach.metrics import precision_at_k
-from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters, resolve_precision
+from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, feature_buckets, initial_parameters, resolve_precision
 from mach.train.feed import ahead
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
@@ -81,6 +81,7 @@ class Group:
         self.products = products or (resolve_precision(config.precision, device) if dtype == torch.float32 else dtype)
         self.config, self.sizes, self.table, self.device, self.dtype = config, sizes, table, device, dtype
         self.repetitions = table.repetitions
+        self.feature_buckets = feature_buckets(config, sizes, self.repetitions)
         self.train = dataset.split("train")
         self.rows, self.held_out = _rows(config, dataset)
         self.n_steps = config.epochs * self.steps_per_epoch
@@ -162,7 +163,9 @@ class Group:
         return loss
 
     def _batch(self, features: CSR | np.ndarray) -> Batch:
-        return make_batch(features, normalize=self.config.normalize, device=self.device, dtype=self.dtype)
+        return make_batch(
+            features, normalize=self.config.normalize, device=self.device, dtype=self.dtype, buckets_RF=self.feature_buckets
+        )
 
     def _dropout(self) -> Dropout | None:
         """Give the dropout of this step, each repetition with its own generator of (seed, repetition, step)."""

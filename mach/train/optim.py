@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from mach.encoders import Input, SparseBatch
+from mach.encoders import Input, SparseInput
 from mach.train.adamw import adamw_
 from mach.train.rows import update_rows_of
 
@@ -68,22 +68,27 @@ class Optimizer:
 
     def update_input(self, layer: Input, batch: Any, grad_NRD: Tensor) -> None:
         """Update the input weight from the gradient of z on one batch."""
-        if isinstance(batch, SparseBatch) and grad_NRD.device.type == "cpu":
-            second, correction = self.state[f"{self.row_wise}.second"], 1 - BETAS[1] ** self.step
+        if isinstance(layer, SparseInput) and grad_NRD.device.type == "cpu":
+            grad, correction = layer.by_bag(grad_NRD), 1 - BETAS[1] ** self.step
+            weight, second = self._rows(*grad.shape[1:])
             update_rows_of(
-                layer.weight, second, batch, grad_NRD,
+                weight, second, batch, grad,
                 rate=self.row_rate, beta=BETAS[1], correction=correction, epsilon=EPSILON,
             )  # fmt: skip
         else:
             for rows, gradient in layer.gradient(batch, grad_NRD):
                 self.update_rows(rows, gradient)
 
+    def _rows(self, R: int, D: int) -> tuple[Tensor, Tensor]:
+        """Give the input weight and its moments as rows of R repetitions; one repetition a row where features are hashed."""
+        return self.parameters[self.row_wise].view(-1, R, D), self.state[f"{self.row_wise}.second"].view(-1, R)
+
     def update_rows(self, rows: Tensor | None, gradient_URD: Tensor) -> None:
         """Update rows of the input weight (None: all of them), one step size a row and repetition.
 
         v <- b2 v + (1 - b2) mean_d g^2;  w <- w - rate g / (sqrt(v / (1 - b2^t)) + eps).  A row's v waits between its batches.
         """
-        weight, second = self.parameters[self.row_wise], self.state[f"{self.row_wise}.second"]
+        weight, second = self._rows(*gradient_URD.shape[1:])
         mean_square = torch.linalg.vector_norm(gradient_URD, dim=2).square_().div_(gradient_URD.shape[2])
         moment = (second if rows is None else second[rows]).lerp(mean_square, 1 - BETAS[1])
         scale = self.row_rate / ((moment / (1 - BETAS[1] ** self.step)).sqrt_() + EPSILON)

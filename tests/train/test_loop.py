@@ -16,7 +16,7 @@ from mach.decoding import decode_topk
 from mach.errors import ConfigError, DataError
 from mach.hashing import LabelTable
 from mach.metrics import precision_at_k
-from mach.model import Packed
+from mach.model import Packed, feature_buckets
 from mach.store.folder import sizes_of, table_of
 from mach.train.loop import LOSS_EVERY, VALIDATION_SAMPLES, Group
 from mach.train.schedule import order_of
@@ -75,6 +75,26 @@ def test_a_run_equals_plain_autograd_in_float64(tiny, tiny_dense, settings, dens
     assert list(noted) == [1, group.n_steps]
     for step, loss in noted.items():
         assert loss == pytest.approx(np.mean([losses[step - 1] for losses in all_losses]), rel=1e-9)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_hashed_features_equal_plain_autograd_over_the_hashed_matrix(tiny, normalize):
+    config = SMALL.replace(feature_buckets=11, normalize=normalize, dropout=0.3)
+    group = group_of(config, tiny, dtype=torch.float64)
+    run(group)
+    X, Y = tiny.split("train").features.to_scipy().toarray(), tiny.split("train").labels.to_scipy().toarray()
+    norms = np.sqrt((X.astype(float) ** 2).sum(1, keepdims=True))
+    X_NF = X / np.where(norms > 0, norms, 1) if normalize else X.astype(float)
+    tables = feature_buckets(config, group.sizes, group.repetitions)
+    assert tables.shape == (len(group.repetitions), X.shape[1]) and len({tuple(row) for row in tables.tolist()}) > 1
+    for r, number in enumerate(group.repetitions):
+        onto = np.eye(11)[tables[r]]  # (F, 11)
+        table_K = group.table.array()[r].astype(int)
+        how = config.replace(normalize=False)
+        truth, _ = train_reference(how, group.sizes, X_NF @ onto, Y, table_K, number, group.n_steps, (X != 0) @ onto > 0)
+        found = group.packed.repetition(r)
+        for name in truth:
+            np.testing.assert_allclose(found[name].numpy(), truth[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("table", ["hashed", "identity"])
