@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mach.config import Config, Estimator, load_config
+from mach.draw import bar, spark
 from mach.errors import MachError, ModelError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from mach.hashing.bounds import Cost
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-BLOCKS = " ▏▎▍▌▋▊▉█"
-SPARK = "▁▂▃▄▅▆▇█"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,7 +325,7 @@ def _ask(args: argparse.Namespace) -> None:
             continue
         _say(text)
         for label, part in zip(labels, share, strict=True):
-            _say(f"  {_bar_text(part)} {part:4.2f}  {model.name_of(label)}")
+            _say(f"  {bar(part)} {part:4.2f}  {model.name_of(label)}")
 
 
 def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]]:
@@ -336,11 +335,6 @@ def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]
     if estimator == "log-probs":
         return [[math.exp(min(0.0, s / n_repetitions)) for s in row] for row in scores.tolist()]
     return [[min(1.0, max(0.0, s)) for s in row] for row in scores.tolist()]
-
-
-def _bar_text(share: float, width: int = 20) -> str:
-    eighths = round(share * width * 8)
-    return (BLOCKS[8] * (eighths // 8) + BLOCKS[eighths % 8].strip()).ljust(width)
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -375,7 +369,9 @@ def _inspect(args: argparse.Namespace) -> None:
         else:
             _say(f"repetition {r}: {records[r]['parameters']:,} parameters, {records[r]['train_s']:.1f} s of training")
     for log in sorted((run.path / "logs").glob("*.jsonl")):
-        _say(f"{log.stem}: loss {_spark(_losses(log))}")
+        losses = [loss for loss in _losses(log) if math.isfinite(loss)]
+        drawn = f"{losses[0]:.3f} {spark(losses, log=True)} {losses[-1]:.3f}" if losses else "(none yet)"
+        _say(f"{log.stem}: loss {drawn}")
 
 
 def _losses(log: Path) -> list[float]:
@@ -384,18 +380,6 @@ def _losses(log: Path) -> list[float]:
         with suppress(ValueError):  # a line cut short, where the disk was full
             losses.append(json.loads(line).get("loss"))
     return [loss for loss in losses if loss is not None]
-
-
-def _spark(values: Sequence[float], width: int = 60) -> str:
-    """Draw values as a line of block characters, with their first and last; a logarithmic scale, as losses fall fast."""
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return "(none yet)"
-    step = max(1.0, len(values) / width)
-    picked = [math.log(max(values[int(i * step)], 1e-12)) for i in range(min(width, len(values)))]
-    low, span = min(picked), (max(picked) - min(picked)) or 1.0
-    drawn = "".join(SPARK[round((v - low) / span * (len(SPARK) - 1))] for v in picked)
-    return f"{values[0]:.3f} {drawn} {values[-1]:.3f}"
 
 
 def _verify(args: argparse.Namespace) -> None:
