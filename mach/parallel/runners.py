@@ -21,7 +21,8 @@ from mach.parallel.plan import group_size, plan_groups
 from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
 from mach.train.checkpoint import FOLDER, best_path, read_progress
-from mach.train.group import Job, log_path, train_group
+from mach.train.group import Job, train_group
+from mach.train.log import log_path
 
 CHECKPOINT_S = 120.0
 

@@ -6,23 +6,21 @@ Killed at any moment, it loses at most the work since its last checkpoint; resum
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from mach.data import Dataset
-from mach.errors import MissingExtra, ModelError
 from mach.model import resolve_device
 from mach.store.folder import Run, format_repetitions, table_of
 from mach.train.checkpoint import best_path, checkpoint_path, read_progress, read_tensors, write_checkpoint
-from mach.train.loop import Group, Standing, StepRecord, peak_bytes
-
-LOG_SECONDS = 0.5  # between log lines that hold neither a validation nor the end
+from mach.train.log import Log, log_path
+from mach.train.loop import Group, Standing
+from mach.train.memory import peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +37,6 @@ class Job:
     tensorboard: bool = False
 
 
-def log_path(run: Path, repetitions: Sequence[int]) -> Path:
-    """Give where a group logs: a JSON object a line."""
-    return run / "logs" / f"group-{format_repetitions(repetitions)}.jsonl"
-
-
 def train_group(job: Job) -> None:
     """Train a group from its checkpoint, or from the start, to its finished repetitions in the run folder.
 
@@ -58,22 +51,23 @@ def train_group(job: Job) -> None:
     spent_s = _restore(group, path) if path.exists() else 0.0
     if job.checkpoint_first and not path.exists():
         write_checkpoint(path, group.tensors(), _progress(run, group, spent_s))
-    began = time.perf_counter()
     best = [best_path(job.run, r) for r in job.repetitions]
+    events = job.run / "tensorboard" / format_repetitions(job.repetitions) if job.tensorboard else None
     saved = time.monotonic()
-    with _Log(job) as log:
+    with Log(log_path(job.run, job.repetitions), group, spent_s=spent_s, tensorboard=events) as log:
+        log.write_event("resumed" if group.step else "begun")
         keep = run.config.patience > 0
         for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keep else None):
             log.write(record)
             if time.monotonic() - saved >= job.checkpoint_s and not group.done:
-                progress = _progress(run, group, spent_s + time.perf_counter() - began)
-                write_checkpoint(path, group.tensors(), progress)
+                group.clock.lap("log")
+                write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
                 saved = time.monotonic()
-        seconds = spent_s + time.perf_counter() - began
+                group.clock.lap("checkpoint")
         if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
-            write_checkpoint(path, group.tensors(), _progress(run, group, seconds))
-        _finish(run, group, best, seconds)
-        log.write_fields({"finished": list(job.repetitions), "seconds": round(seconds, 3)})
+            write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
+        _finish(run, group, best, log.seconds)
+        log.write_fields({"finished": list(job.repetitions), "seconds": round(log.seconds, 3)})
     for file in [path, *best]:
         file.unlink(missing_ok=True)
 
@@ -98,7 +92,9 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
 
 
 def _keep_best(group: Group, r: int, path: Path) -> None:
+    group.clock.lap("validation")
     write_checkpoint(path, group.packed.repetition(r), {"step": group.step})
+    group.clock.lap("checkpoint")
 
 
 def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
@@ -118,69 +114,3 @@ def _restore(group: Group, path: Path) -> float:
     group.step = group.optimizer.step = int(progress["step"])
     group.standings = [Standing(**standing) for standing in progress["standings"]]
     return float(progress["seconds"])
-
-
-class _Log:
-    """The group's JSONL log and, if asked for, its TensorBoard events."""
-
-    def __init__(self, job: Job):
-        self._path = log_path(job.run, job.repetitions)
-        self._tensorboard = (
-            _tensorboard(job.run / "tensorboard" / format_repetitions(job.repetitions)) if job.tensorboard else None
-        )
-        self._last, self._samples = 0.0, []  # type: float, list[float]
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> _Log:
-        try:
-            self._path.parent.mkdir(exist_ok=True)
-            self._file = open(self._path, "a", encoding="utf-8")
-        except OSError as error:
-            raise ModelError(f"{self._path}: the log cannot be written ({error.strerror})") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-    def write(self, record: StepRecord) -> None:
-        """Note a step, now and then: every half second, and whenever it holds a validation or is the last."""
-        self._samples.append(1 / record.samples_per_s)
-        if self._tensorboard is not None:
-            for name, value in _figures(record):
-                self._tensorboard.add_scalar(name, value, record.step)
-        now = time.monotonic()
-        if now - self._last < LOG_SECONDS and record.validation is None and record.loss is None and record.step < record.n_steps:
-            return
-        fields = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
-        fields["samples_per_s"] = round(len(self._samples) / sum(self._samples), 1)
-        self._last, self._samples = now, []
-        self.write_fields(fields)
-
-    def write_fields(self, fields: dict[str, Any]) -> None:
-        """Write one line and hand it to the system at once."""
-        assert self._file is not None
-        try:
-            self._file.write(json.dumps(fields) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise ModelError(f"{self._path}: the log cannot be written ({error.strerror}); go on with --resume") from error
-
-
-def _figures(record: StepRecord) -> Iterator[tuple[str, float]]:
-    if record.loss is not None:
-        yield "loss", record.loss
-    yield "samples_per_s", record.samples_per_s
-    yield "rate", record.rate
-    for name, value in (record.validation or {}).items():
-        yield f"validation/{name}", value
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtra("writing TensorBoard events", "tensorboard") from error
-    return SummaryWriter(str(folder))

@@ -5,12 +5,9 @@ Axes: N samples, R repetitions of the group, B buckets, D hidden width.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,8 @@ from mach.hashing import LabelTable
 from mach.heads import Positives
 from mach.metrics import precision_at_k
 from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters
+from mach.train.clock import clock_for
+from mach.train.memory import peak_bytes
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
 
@@ -78,6 +77,7 @@ class Group:
         self.packed = self._initial()
         self.optimizer = Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT)
         self._began = time.perf_counter()
+        self.clock = clock_for(device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,6 +96,7 @@ class Group:
     def steps(self, on_better: Callable[[int], None]) -> Iterator[StepRecord]:
         """Train until done, yielding a record a step. `on_better(r)` marks a best epoch of the r-th packed repetition."""
         order, order_epoch = np.empty(0, np.int64), -1
+        self.clock.start()
         while not self.done:
             epoch, place = divmod(self.step, self.steps_per_epoch)
             if epoch != order_epoch:
@@ -103,8 +104,11 @@ class Group:
             rows = order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
             want_loss = self.step % LOSS_EVERY == 0 or self.step + 1 == self.n_steps
             loss = self._step(rows, want_loss)
+            self.clock.lap("step")
             ends_epoch = place + 1 == self.steps_per_epoch
             validation = self._validate(on_better) if ends_epoch and self.held_out is not None else None
+            if validation is not None:
+                self.clock.lap("validation")
             now = time.perf_counter()
             seconds, self._began = now - self._began, now
             yield StepRecord(
@@ -117,12 +121,14 @@ class Group:
                 peak_bytes=peak_bytes(self.device) if want_loss else None,
                 validation=validation,
             )
+            self.clock.lap("log")
 
     def _step(self, rows: np.ndarray, want_loss: bool) -> Tensor | None:
         """Train on one batch: the samples `rows`."""
         features, labels = take(self.train.features, rows), take_rows(self.train.labels, rows)
         batch = self._batch(features)
         buckets = [self.table.positives(labels.indptr, labels.indices, r) for r in range(len(self.repetitions))]
+        self.clock.lap("data")
         share = rate_at(self.step, self.n_steps, self.config.warmup)
         self.optimizer.begin_step(rate=share * self.config.learning_rate, row_rate=share * self.config.input_learning_rate)
         loss = self.packed.step(
@@ -222,14 +228,3 @@ def _rows(config: Config, dataset: Dataset) -> tuple[np.ndarray, tuple[Any, CSR]
     if config.patience and not len(held):
         raise DataError(f"{dataset.path}: patience={config.patience} needs a dev split, or validation above 0")
     return rows, (take(split.features, held), take_rows(split.labels, held)) if len(held) else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Give the most memory used so far: by this process on the CPU, by torch's allocator on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    high_water = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
-    if high_water:  # getrusage would give the parent's peak where that was higher
-        return int(high_water[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
