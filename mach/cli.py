@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, 
 
 from mach.config import Config, Estimator, load_config
 from mach.draw import bar, spark
-from mach.errors import MachError, ModelError
+from mach.errors import MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
     from mach.data import Dataset
     from mach.hashing.bounds import Cost
 
+LINE_OF_CTRL_C = "\n"  # a terminal writes ^C and stays on its line
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -38,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
+    except Stopped as stop:
+        how = "--resume" if args.command == "train" else "the same command"
+        print(f"{LINE_OF_CTRL_C if stop.status else ''}mach {args.command}: {stop}; go on with {how}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
-        print(f"\nmach {args.command}: stopped; checkpoints and finished files are kept", file=sys.stderr)
+        print(f"{LINE_OF_CTRL_C}mach {args.command}: stopped; checkpoints and finished files are kept", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

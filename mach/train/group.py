@@ -21,6 +21,7 @@ from mach.train.checkpoint import best_path, checkpoint_path, read_progress, rea
 from mach.train.log import Log, log_path
 from mach.train.loop import Group, Standing
 from mach.train.memory import peak_bytes
+from mach.train.stop import Stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +35,37 @@ class Job:
     threads: int  # of the CPU; 0: leave as they are
     checkpoint_s: float  # seconds between checkpoints
     checkpoint_first: bool  # before the first step, so that a group is known as one from its start
+    stop: Path  # a file whose appearance asks to stop
     tensorboard: bool = False
 
 
-def train_group(job: Job) -> None:
+@dataclass(frozen=True, slots=True)
+class Left:
+    """How far a group is whose training was stopped."""
+
+    repetitions: tuple[int, ...]
+    step: int  # from which it can go on; 0: not begun
+    n_steps: int
+
+
+def train_group(job: Job, stop: Stop | None = None) -> Left | None:
     """Train a group from its checkpoint, or from the start, to its finished repetitions in the run folder.
 
-    Raises: ModelError if the disk refuses or a checkpoint is broken.
+    Asked to stop, it ends the step under way, writes its checkpoint and says how far it is. Without `stop`, it listens itself.
+
+    Raises: ModelError if the disk refuses or a checkpoint is broken; Stopped at a second signal.
     """
+    if stop is None:
+        with Stop(job.stop) as stop:
+            return train_group(job, stop)
+    if not stop.asked:
+        return _train_group(job, stop)
+    path = checkpoint_path(job.run, job.repetitions)
+    progress = read_progress(path) if path.exists() else {"step": 0, "n_steps": 0}
+    return Left(job.repetitions, progress["step"], progress["n_steps"])
+
+
+def _train_group(job: Job, stop: Stop) -> Left | None:
     if job.threads:
         torch.set_num_threads(job.threads)
     run, dataset = Run.open(job.run), Dataset.open(job.data)
@@ -64,12 +88,17 @@ def train_group(job: Job) -> None:
                 write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
                 saved = time.monotonic()
                 group.clock.lap("checkpoint")
+            if stop.asked and not group.done:
+                write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
+                log.write_event("stopped", by=stop.name)
+                return Left(group.repetitions, group.step, group.n_steps)
         if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
             write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
         _finish(run, group, best, log.seconds)
         log.write_fields({"finished": list(job.repetitions), "seconds": round(log.seconds, 3)})
     for file in [path, *best]:
         file.unlink(missing_ok=True)
+    return None
 
 
 def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> None:
@@ -102,6 +131,7 @@ def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
         "run": run.manifest["key"],
         "repetitions": list(group.repetitions),
         "step": group.step,
+        "n_steps": group.n_steps,
         "seconds": seconds,
         "standings": [dataclasses.asdict(s) for s in group.standings],
     }
