@@ -15,9 +15,9 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from mach.config import Config
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
-from mach.files import clear_leftovers
+from mach.files import clear_leftovers, free_bytes
 from mach.model import Model, resolve_device
-from mach.parallel.plan import group_size, plan_groups
+from mach.parallel.plan import disk_bytes, group_size, plan_groups
 from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
 from mach.train.checkpoint import FOLDER, best_path, read_progress
@@ -72,6 +72,7 @@ def train(
         n_workers=n_workers,
         group_size=group_size(config, run.sizes, memory_bytes=_memory(devices[0]), n_workers=-(-n_workers // len(devices))),
     )
+    _refuse_full_disk(run, groups, n_workers)
     asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
     jobs = [
         Job(
@@ -121,8 +122,9 @@ def _where(left: Sequence[Left]) -> str:
     if not left:
         return "stopped after the last step"
     return "stopped " + ", ".join(
-        f"at step {end.step:,} of {end.n_steps:,} (repetitions {format_repetitions(end.repetitions)})"
-        if end.step
+        f"at step {end.step:,} of {end.n_steps:,} (repetitions {format_repetitions(end.repetitions)}"
+        + (f", without room to keep the {end.lost:,} steps after it)" if end.lost else ")")
+        if end.n_steps
         else f"before repetitions {format_repetitions(end.repetitions)}"
         for end in left
     )
@@ -162,6 +164,17 @@ def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
             f"{run.path / FOLDER} to start them again"
         )
     return begun
+
+
+def _refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int) -> None:
+    """Refuse to begin what the file system has no room for; checkpoints that are there already are not counted twice."""
+    held = sum(file.stat().st_size for file in (run.path / FOLDER).glob("*.safetensors"))
+    needed, free = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers) - held, free_bytes(run.path)
+    if groups and needed > free:
+        raise ModelError(
+            f"{run.path}: training writes {needed:,} more bytes of checkpoints and finished repetitions at its fullest, and "
+            f"{free:,} are free there; free some space, choose another --out, or train fewer --repetitions at a time"
+        )
 
 
 def _devices(name: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mach.data import Dataset
+from mach.files import free_bytes
 from mach.model import resolve_device
 from mach.store.folder import Run, format_repetitions, table_of
 from mach.train.checkpoint import best_path, checkpoint_path, read_progress, read_tensors, write_checkpoint
@@ -22,6 +23,8 @@ from mach.train.log import Log, log_path
 from mach.train.loop import Group, Standing
 from mach.train.memory import peak_bytes
 from mach.train.stop import Stop
+
+HEADER_BYTES = 1 << 16  # of a checkpoint, at most: names, shapes and progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,7 @@ class Left:
     repetitions: tuple[int, ...]
     step: int  # from which it can go on; 0: not begun
     n_steps: int
+    lost: int = 0  # steps after it that no checkpoint holds
 
 
 def train_group(job: Job, stop: Stop | None = None) -> Left | None:
@@ -61,8 +65,8 @@ def train_group(job: Job, stop: Stop | None = None) -> Left | None:
     if not stop.asked:
         return _train_group(job, stop)
     path = checkpoint_path(job.run, job.repetitions)
-    progress = read_progress(path) if path.exists() else {"step": 0, "n_steps": 0}
-    return Left(job.repetitions, progress["step"], progress["n_steps"])
+    progress = read_progress(path) if path.exists() else {"step": 0}
+    return Left(job.repetitions, progress["step"], progress.get("n_steps", 0))
 
 
 def _train_group(job: Job, stop: Stop) -> Left | None:
@@ -73,32 +77,62 @@ def _train_group(job: Job, stop: Stop) -> Left | None:
     group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device))
     path = checkpoint_path(job.run, job.repetitions)
     spent_s = _restore(group, path) if path.exists() else 0.0
-    if job.checkpoint_first and not path.exists():
-        write_checkpoint(path, group.tensors(), _progress(run, group, spent_s))
     best = [best_path(job.run, r) for r in job.repetitions]
     events = job.run / "tensorboard" / format_repetitions(job.repetitions) if job.tensorboard else None
-    saved = time.monotonic()
     with Log(log_path(job.run, job.repetitions), group, spent_s=spent_s, tensorboard=events) as log:
         log.write_event("resumed" if group.step else "begun")
-        keep = run.config.patience > 0
-        for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keep else None):
+        keeper = _Keeper(path, run, group, log)
+        if job.checkpoint_first and not path.exists():
+            keeper.write()
+        keeps_best = run.config.patience > 0
+        for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keeps_best else None):
             log.write(record)
-            if time.monotonic() - saved >= job.checkpoint_s and not group.done:
-                group.clock.lap("log")
-                write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
-                saved = time.monotonic()
-                group.clock.lap("checkpoint")
+            if (stop.asked or time.monotonic() - keeper.tried >= job.checkpoint_s) and not group.done:
+                keeper.write()
             if stop.asked and not group.done:
-                write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
-                log.write_event("stopped", by=stop.name)
-                return Left(group.repetitions, group.step, group.n_steps)
+                log.write_event("stopped", by=stop.name, kept_step=keeper.step)
+                return Left(group.repetitions, keeper.step, group.n_steps, group.step - keeper.step)
+        group.refuse_what_is_not_finite()
         if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
-            write_checkpoint(path, group.tensors(), _progress(run, group, log.seconds))
+            keeper.write()
         _finish(run, group, best, log.seconds)
         log.write_fields({"finished": list(job.repetitions), "seconds": round(log.seconds, 3)})
     for file in [path, *best]:
         file.unlink(missing_ok=True)
     return None
+
+
+class _Keeper:
+    """Write a group's checkpoints, as long as there is room for the next beside the last; nothing that is not finite."""
+
+    def __init__(self, path: Path, run: Run, group: Group, log: Log):
+        self._path, self._run, self._group, self._log = path, run, group, log
+        self.step = group.step  # of the last checkpoint
+        self.tried = time.monotonic()
+        self._warned = False
+
+    def write(self) -> None:
+        """Write one, or warn, once, that there is no room: then the last one stays.
+
+        Raises: ModelError if the disk refuses all the same, or a weight is not finite.
+        """
+        group, tensors = self._group, self._group.tensors()
+        group.clock.lap("log")
+        group.refuse_what_is_not_finite()
+        needed, free = sum(value.nbytes for value in tensors.values()) + HEADER_BYTES, free_bytes(self._run.path)
+        if needed <= free:
+            write_checkpoint(self._path, tensors, _progress(self._run, group, self._log.seconds))
+            self.step = group.step
+        elif not self._warned:
+            self._warned = True
+            kept = f"the last one, of step {self.step:,}, stays" if self._path.exists() else "there is none yet"
+            self._log.write_event(
+                "warning",
+                text=f"{self._path.parent}: no room for a checkpoint of {needed:,} bytes, {free:,} are free; {kept}; training "
+                "goes on; free some space",
+            )
+        group.clock.lap("checkpoint")
+        self.tried = time.monotonic()
 
 
 def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> None:
@@ -122,7 +156,9 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
 
 def _keep_best(group: Group, r: int, path: Path) -> None:
     group.clock.lap("validation")
-    write_checkpoint(path, group.packed.repetition(r), {"step": group.step})
+    parameters = group.packed.repetition(r)
+    group.refuse_what_is_not_finite(parameters)
+    write_checkpoint(path, parameters, {"step": group.step})
     group.clock.lap("checkpoint")
 
 

@@ -6,7 +6,7 @@ Axes: N samples, R repetitions of the group, B buckets, D hidden width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from mach.heads import Positives
 from mach.metrics import precision_at_k
 from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, initial_parameters
 from mach.train.clock import clock_for
+from mach.train.finite import FiniteWatch, Place, is_finite
 from mach.train.memory import peak_bytes
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
@@ -78,6 +79,7 @@ class Group:
         self.optimizer = Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT)
         self._began = time.perf_counter()
         self.clock = clock_for(device)
+        self.finite = FiniteWatch(config, self.repetitions)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -105,7 +107,10 @@ class Group:
             want_loss = self.step % LOSS_EVERY == 0 or self.step + 1 == self.n_steps
             loss = self._step(rows, want_loss)
             self.clock.lap("step")
+            self.finite.note(self._signs(loss), Place(self.step, self.n_steps, epoch + 1, rows))
             ends_epoch = place + 1 == self.steps_per_epoch
+            if ends_epoch:
+                self.refuse_what_is_not_finite()
             validation = self._validate(on_better) if ends_epoch and self.held_out is not None else None
             if validation is not None:
                 self.clock.lap("validation")
@@ -122,6 +127,22 @@ class Group:
                 validation=validation,
             )
             self.clock.lap("log")
+
+    def _signs(self, loss: Tensor | None) -> Tensor:
+        """Give a number for each repetition (R,) that is finite as long as the step's loss and gradients are.
+
+        The gradient of the hidden vectors of every sample flows into the input layer's bias, D numbers, and stays there if it is
+        not finite.
+        """
+        total = self.packed.parameters["input.bias"].detach().sum(1, dtype=torch.float64)
+        return total if loss is None else total + loss
+
+    def refuse_what_is_not_finite(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Raise ModelError unless some tensors, or all that a checkpoint must hold, are finite. One pass over their memory."""
+        self.finite.settle()
+        bad = [name for name, value in (tensors or self.tensors()).items() if not is_finite(value)]
+        if bad:
+            self.finite.refuse(self.repetitions, ", ".join(bad))
 
     def _step(self, rows: np.ndarray, want_loss: bool) -> Tensor | None:
         """Train on one batch: the samples `rows`."""
