@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mach.config import Config, Estimator, load_config
-from mach.errors import MachError, ModelError
+from mach.draw import bar, spark
+from mach.errors import MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
     from mach.data import Dataset
     from mach.hashing.bounds import Cost
 
+LINE_OF_CTRL_C = "\n"  # a terminal writes ^C and stays on its line
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-BLOCKS = " ▏▎▍▌▋▊▉█"
-SPARK = "▁▂▃▄▅▆▇█"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
+    except Stopped as stop:
+        how = "--resume" if args.command == "train" else "the same command"
+        print(f"{LINE_OF_CTRL_C if stop.status else ''}mach {args.command}: {stop}; go on with {how}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
-        print(f"\nmach {args.command}: stopped; checkpoints and finished files are kept", file=sys.stderr)
+        print(f"{LINE_OF_CTRL_C}mach {args.command}: stopped; checkpoints and finished files are kept", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -328,7 +332,7 @@ def _ask(args: argparse.Namespace) -> None:
             continue
         _say(text)
         for label, part in zip(labels, share, strict=True):
-            _say(f"  {_bar_text(part)} {part:4.2f}  {model.name_of(label)}")
+            _say(f"  {bar(part)} {part:4.2f}  {model.name_of(label)}")
 
 
 def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]]:
@@ -338,11 +342,6 @@ def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]
     if estimator == "log-probs":
         return [[math.exp(min(0.0, s / n_repetitions)) for s in row] for row in scores.tolist()]
     return [[min(1.0, max(0.0, s)) for s in row] for row in scores.tolist()]
-
-
-def _bar_text(share: float, width: int = 20) -> str:
-    eighths = round(share * width * 8)
-    return (BLOCKS[8] * (eighths // 8) + BLOCKS[eighths % 8].strip()).ljust(width)
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -377,7 +376,9 @@ def _inspect(args: argparse.Namespace) -> None:
         else:
             _say(f"repetition {r}: {records[r]['parameters']:,} parameters, {records[r]['train_s']:.1f} s of training")
     for log in sorted((run.path / "logs").glob("*.jsonl")):
-        _say(f"{log.stem}: loss {_spark(_losses(log))}")
+        losses = [loss for loss in _losses(log) if math.isfinite(loss)]
+        drawn = f"{losses[0]:.3f} {spark(losses, log=True)} {losses[-1]:.3f}" if losses else "(none yet)"
+        _say(f"{log.stem}: loss {drawn}")
 
 
 def _losses(log: Path) -> list[float]:
@@ -386,18 +387,6 @@ def _losses(log: Path) -> list[float]:
         with suppress(ValueError):  # a line cut short, where the disk was full
             losses.append(json.loads(line).get("loss"))
     return [loss for loss in losses if loss is not None]
-
-
-def _spark(values: Sequence[float], width: int = 60) -> str:
-    """Draw values as a line of block characters, with their first and last; a logarithmic scale, as losses fall fast."""
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return "(none yet)"
-    step = max(1.0, len(values) / width)
-    picked = [math.log(max(values[int(i * step)], 1e-12)) for i in range(min(width, len(values)))]
-    low, span = min(picked), (max(picked) - min(picked)) or 1.0
-    drawn = "".join(SPARK[round((v - low) / span * (len(SPARK) - 1))] for v in picked)
-    return f"{values[0]:.3f} {drawn} {values[-1]:.3f}"
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -32,6 +32,20 @@ class MissingExtra(MachError):
         return "{} needs an optional package: pip install 'mach[{}]'".format(*self.args)
 
 
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, by SIGTERM or Ctrl-C, and did: says where it stands, and the exit status that fits.
+
+    No MachError, as nothing is wrong; what waits for Ctrl-C gets it.
+    """
+
+    def __init__(self, where: str, status: int):
+        super().__init__(where, status)
+        self.where, self.status = where, status
+
+    def __str__(self) -> str:
+        return self.where
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Give `; did you mean 'x'?` for the allowed word closest to a mistyped one, or nothing if none is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

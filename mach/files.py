@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +52,11 @@ def is_running(process: int) -> bool:
     except OSError:
         pass  # somebody else's
     return True
+
+
+def free_bytes(folder: Path) -> int:
+    """Give the bytes that may still be written to the file system of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 def sync_folder(folder: Path) -> None:

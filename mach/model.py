@@ -154,16 +154,30 @@ class Packed:
         update_input: Callable[[Any, Batch, Tensor], None],
         drop: Dropout | None,
         want_loss: bool,
+        lap: Callable[[str], None] = lambda part: None,
     ) -> Tensor | None:
         """Take one optimisation step; give the loss of each repetition (R,), in nats a sample, if wanted.
 
         The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; the MLP carries it on and
         updates its own; what arrives at the input layer updates the rows that the batch touched.
+
+        `lap(part)` is called after each part of the work: forward, head, update (of dense weights), backward, rows (of inputs).
         """
+
+        def timed(name: str, part: slice, gradient: Tensor, copy: Tensor | None) -> None:
+            lap("head" if name.startswith("head.") else "backward")
+            update(name, part, gradient, copy)
+            lap("update")
+
         with torch.no_grad():
             hidden, kept = self.mlp.learn(self.input.forward(batch), drop, self.products)
-            grad, loss = self.head.step(hidden, positives, loss=self.config.loss, update=update, want_loss=want_loss)
-            update_input(self.input, batch, self.mlp.backward(kept, grad, drop, update))
+            lap("forward")
+            grad, loss = self.head.step(hidden, positives, loss=self.config.loss, update=timed, want_loss=want_loss)
+            lap("head")
+            grad_z = self.mlp.backward(kept, grad, drop, timed)
+            lap("backward")
+            update_input(self.input, batch, grad_z)
+            lap("rows")
         return loss
 
 

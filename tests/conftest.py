@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
@@ -14,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mach.data import write_dataset
+from mach.train.log import read_log
 
 torch.set_num_threads(1)
 
@@ -66,3 +71,45 @@ class Largest(TorchDispatchMode):
 def largest():
     """`with largest: ...`, then `largest.n_elements`."""
     return Largest()
+
+
+class Process:
+    """`mach ...` in a process group of its own."""
+
+    def __init__(self, *args):
+        command = [sys.executable, "-m", "mach", *map(str, args)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def await_steps(self, *logs):
+        """Wait until each log holds a step."""
+        deadline = time.monotonic() + 90
+        while not all(any("step" in line for line in read_log(log)) for log in logs):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "no step within a minute and a half"
+            time.sleep(0.02)
+
+    def end(self):
+        """Give the exit status and the last line of standard error."""
+        _, err = self.process.communicate(timeout=90)
+        return self.process.returncode, err.rstrip("\n").splitlines()[-1], err
+
+
+@pytest.fixture
+def started():
+    """Start `mach ...`: `process = started("train", ...)`. What still runs at the end is killed."""
+    processes = []
+
+    def start(*args):
+        processes.append(Process(*args))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()

@@ -585,34 +585,6 @@ def test_counts_that_are_none(text):
         cli._count(text)
 
 
-@given(st.floats(0, 1), st.integers(1, 60))
-def test_a_bar_has_its_width_and_its_share(share, width):
-    text = cli._bar_text(share, width)
-    eighths = sum(cli.BLOCKS.index(c) for c in text)
-    assert len(text) == width and abs(eighths - 8 * width * share) <= 0.5 and text.rstrip(" ") == text.strip(" ")
-
-
-@given(st.floats(0, 1), st.floats(0, 1))
-def test_a_longer_bar_says_more(one, other):
-    low, high = sorted((one, other))
-    assert sum(map(cli.BLOCKS.index, cli._bar_text(low))) <= sum(map(cli.BLOCKS.index, cli._bar_text(high)))
-
-
-@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=200), st.integers(1, 80))
-def test_any_losses_can_be_drawn(values, width):
-    finite, text = [v for v in values if math.isfinite(v)], cli._spark(values, width)
-    if not finite:
-        assert text == "(none yet)"
-        return
-    first, drawn, last = text.split(" ")
-    assert (first, last) == (f"{finite[0]:.3f}", f"{finite[-1]:.3f}")
-    assert len(drawn) == min(width, len(finite)) and set(drawn) <= set(cli.SPARK)
-
-
-def test_falling_losses_fall():
-    assert cli._spark([2.0**-i for i in range(8)]) == "1.000 █▇▆▅▄▃▂▁ 0.008"
-
-
 @given(
     st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=9),
     st.sampled_from(["logits", "log-probs", "mean", "min", "median"]),

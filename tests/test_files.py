@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mach import files
 from mach.errors import MachError, MissingExtra, nearest
-from mach.files import atomic, checksum, clear_leftovers, read_json, write_json
+from mach.files import atomic, checksum, clear_leftovers, free_bytes, read_json, write_json
 
 
 def test_the_new_file_appears_whole_or_not_at_all(tmp_path):
@@ -128,3 +128,9 @@ def test_leftovers_of_dead_processes_are_cleared_and_those_of_living_ones_are_no
         file.write_text("")
     clear_leftovers(tmp_path, tmp_path / "absent")
     assert sorted(tmp_path.iterdir()) == sorted([living, other])
+
+
+def test_the_room_that_is_left_is_what_the_system_says(tmp_path):
+    before, found, after = os.statvfs(tmp_path), free_bytes(tmp_path), os.statvfs(tmp_path)
+    low, high = sorted(state.f_bavail * state.f_frsize for state in (before, after))
+    assert low - (64 << 20) <= found <= high + (64 << 20)  # others write, too

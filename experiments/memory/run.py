@@ -21,7 +21,7 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import take_rows
 from mach.store.predictions import write_predictions
-from mach.train.loop import peak_bytes
+from mach.train.memory import peak_bytes
 
 
 def peak_mb() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +19,12 @@ from mach.compare.rows import Facts, Row
 from mach.config import Config, read_toml
 from mach.data import CSR, Dataset, take_rows
 from mach.decoding import decode_topk
-from mach.errors import ConfigError, DataError, ModelError, nearest
-from mach.files import write_json
+from mach.errors import ConfigError, DataError, ModelError, Stopped, nearest
+from mach.files import clear_leftovers, write_json
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
 from mach.store import Run
+from mach.train.stop import Stop
 
 SPLIT = "test"
 TOP_K = 100
@@ -77,21 +79,21 @@ def compare(
     Each configuration trains and decodes in a fresh process, so that its peak memory is its own.
 
     Raises: DataError without a test split, or if the report cannot be written; ConfigError or ModelError as `mach.train`, for
-            any of the configurations, before the first is trained.
+            any of the configurations, before the first is trained; Stopped as `mach.train`, before the next configuration.
     """
     out = Path(out)
     dataset.split(SPLIT)  # refuse at once what could only fail after hours
     for named in configurations:
         Run.create(out / named.name, named.config, dataset)
     rows = []
-    for number, named in enumerate(configurations, 1):
-        say(f"[{number}/{len(configurations)}] {named.name}")
-        arguments = (str(dataset.path), str(out / named.name), named, device, workers, progress)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                rows.append(pool.submit(_measure, *arguments).result())
-            except BrokenProcessPool as error:
-                raise ModelError(f"{out / named.name}: its process was killed, perhaps for want of memory; run again") from error
+    clear_leftovers(out)
+    with Stop(out.resolve() / f".stop.{os.getpid()}.tmp") as stop:
+        for number, named in enumerate(configurations, 1):
+            say(f"[{number}/{len(configurations)}] {named.name}")
+            arguments = (str(dataset.path), str(out / named.name), named, device, workers, progress, stop.file)
+            rows.append(_in_a_process(arguments, stop))
+            if stop.asked:
+                raise Stopped(f"{out / named.name}: stopped when measured", stop.status)
     try:
         write_json(out / "results.json", {"data": dataset.fingerprint, "rows": [_plain(row) for row in rows]})
         write_report(out / "report.html", rows, facts_of(dataset))
@@ -100,10 +102,30 @@ def compare(
     return rows
 
 
-def _measure(data: str, run_path: str, named: Named, device: str, workers: int | None, progress: bool) -> Row:
+def _in_a_process(arguments: tuple[Any, ...], stop: Stop) -> Row:
+    """Measure in a fresh process; pass requests to stop on to it."""
+    run_path = arguments[1]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, *arguments).result()
+        except BrokenProcessPool as error:
+            if stop.asked:  # it went to that process, too, which was not training
+                raise Stopped(f"{run_path}: stopped", stop.status) from error
+            raise ModelError(f"{run_path}: its process was killed, perhaps for want of memory; run again") from error
+        except Stopped as stopped:
+            if stop.is_urgent:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+            raise Stopped(stopped.where, stop.status if stop.asked else stopped.status) from None
+
+
+def _measure(
+    data: str, run_path: str, named: Named, device: str, workers: int | None, progress: bool, stop: Path | None = None
+) -> Row:
     """Train one configuration and measure it on the test split."""
     dataset = Dataset.open(data)
-    model = train(named.config, dataset, run_path, device=device, workers=workers, resume=True, progress=progress)
+    model = train(named.config, dataset, run_path, device=device, workers=workers, resume=True, progress=progress, stop=stop)
     run = Run.open(run_path)
     finished = run.records()
     records = [finished[r] for r in model.table.repetitions]  # the folder may hold more

@@ -14,14 +14,16 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from mach.config import Config
 from mach.data import Dataset
-from mach.errors import ConfigError, ModelError
-from mach.files import clear_leftovers
+from mach.errors import ConfigError, ModelError, Stopped
+from mach.files import clear_leftovers, free_bytes
 from mach.model import Model, resolve_device
-from mach.parallel.plan import group_size, plan_groups
+from mach.parallel.plan import disk_bytes, group_size, plan_groups
 from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
 from mach.train.checkpoint import FOLDER, best_path, read_progress
-from mach.train.group import Job, log_path, train_group
+from mach.train.group import Job, Left, train_group
+from mach.train.log import log_path
+from mach.train.stop import Stop, leave_interrupts_to_the_parent
 
 CHECKPOINT_S = 120.0
 
@@ -38,6 +40,7 @@ def train(
     checkpoint_s: float = CHECKPOINT_S,
     tensorboard: bool = False,
     progress: bool = False,
+    stop: str | Path | None = None,
 ) -> Model:
     """Train an ensemble, or some of its repetitions, into a run folder, and load it.
 
@@ -48,7 +51,10 @@ def train(
              device, `auto` (every GPU, or the CPU), `cpu` or `cuda:i`; workers, processes (default: one a GPU, or one).
              resume, go on from the checkpoints of a run that was stopped: same bits as if it never had been.
              checkpoint_s, seconds between checkpoints; progress, bars on the terminal.
+             stop, a file: once it exists, training stops as after a signal.
     Raises:  ConfigError, DataError or ModelError: what came, what is allowed, what to do.
+             Stopped, a KeyboardInterrupt, after SIGTERM or Ctrl-C: each group has ended its step and written its checkpoint, and
+             resume=True goes on. A second signal stops at once.
     """
     wanted = _wanted(config, repetitions)
     folder, temporary = (Path(out), None) if out is not None else _temporary()
@@ -66,6 +72,8 @@ def train(
         n_workers=n_workers,
         group_size=group_size(config, run.sizes, memory_bytes=_memory(devices[0]), n_workers=-(-n_workers // len(devices))),
     )
+    _refuse_full_disk(run, groups, n_workers)
+    asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
     jobs = [
         Job(
             run=run.path.resolve(),
@@ -75,31 +83,51 @@ def train(
             threads=max(1, (os.cpu_count() or 1) // n_workers) if n_workers > 1 else 0,
             checkpoint_s=checkpoint_s,
             checkpoint_first=len(groups) > 1,
+            stop=asked.file.resolve(),
             tensorboard=tensorboard,
         )
         for i, group in enumerate(groups)
     ]
-    _run(jobs, n_workers, progress)
+    with asked:
+        left = _run(jobs, n_workers, progress, asked)
+    if left or asked.asked:
+        raise Stopped(f"{run.path}: {_where(left)}", asked.status)
     model = run.load(wanted, device=devices[0])
     if temporary is not None:
         weakref.finalize(model, temporary.cleanup)
     return model
 
 
-def _run(jobs: Sequence[Job], n_workers: int, progress: bool) -> None:
-    """Run the jobs, in this process if one worker does them all."""
+def _run(jobs: Sequence[Job], n_workers: int, progress: bool, stop: Stop) -> list[Left]:
+    """Run the jobs, in this process if one worker does them all; give those that were stopped."""
     logs = {format_repetitions(job.repetitions): log_path(job.run, job.repetitions) for job in jobs}
     with Watch(logs, shown=progress):
         if n_workers == 1:
-            for job in jobs:
-                train_group(job)
+            ends = [train_group(job, stop) for job in jobs]
         else:
             try:
-                joblib.Parallel(n_jobs=n_workers, backend="loky")(joblib.delayed(train_group)(job) for job in jobs)
+                parallel = joblib.Parallel(n_jobs=n_workers, backend="loky", initializer=leave_interrupts_to_the_parent)
+                ends = parallel(joblib.delayed(train_group)(job) for job in jobs)
             except TerminatedWorkerError as error:
+                if stop.asked:  # it went to the workers, too, and one was not listening yet, or no more
+                    raise Stopped(f"{jobs[0].run}: stopped at the last checkpoints", stop.status) from error
                 raise ModelError(
                     f"{jobs[0].run}: a worker was killed, perhaps for lack of memory; go on with --resume, with fewer workers"
                 ) from error
+    return [end for end in ends if end is not None]
+
+
+def _where(left: Sequence[Left]) -> str:
+    """Say where stopped groups stand."""
+    if not left:
+        return "stopped after the last step"
+    return "stopped " + ", ".join(
+        f"at step {end.step:,} of {end.n_steps:,} (repetitions {format_repetitions(end.repetitions)}"
+        + (f", without room to keep the {end.lost:,} steps after it)" if end.lost else ")")
+        if end.n_steps
+        else f"before repetitions {format_repetitions(end.repetitions)}"
+        for end in left
+    )
 
 
 def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:
@@ -136,6 +164,17 @@ def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
             f"{run.path / FOLDER} to start them again"
         )
     return begun
+
+
+def _refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int) -> None:
+    """Refuse to begin what the file system has no room for; checkpoints that are there already are not counted twice."""
+    held = sum(file.stat().st_size for file in (run.path / FOLDER).glob("*.safetensors"))
+    needed, free = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers) - held, free_bytes(run.path)
+    if groups and needed > free:
+        raise ModelError(
+            f"{run.path}: training writes {needed:,} more bytes of checkpoints and finished repetitions at its fullest, and "
+            f"{free:,} are free there; free some space, choose another --out, or train fewer --repetitions at a time"
+        )
 
 
 def _devices(name: str) -> list[str]:

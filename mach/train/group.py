@@ -6,23 +6,25 @@ Killed at any moment, it loses at most the work since its last checkpoint; resum
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from mach.data import Dataset
-from mach.errors import MissingExtra, ModelError
+from mach.files import free_bytes
 from mach.model import resolve_device
 from mach.store.folder import Run, format_repetitions, table_of
 from mach.train.checkpoint import best_path, checkpoint_path, read_progress, read_tensors, write_checkpoint
-from mach.train.loop import Group, Standing, StepRecord, peak_bytes
+from mach.train.log import Log, log_path
+from mach.train.loop import Group, Standing
+from mach.train.memory import peak_bytes
+from mach.train.stop import Stop
 
-LOG_SECONDS = 0.5  # between log lines that hold neither a validation nor the end
+HEADER_BYTES = 1 << 16  # of a checkpoint, at most: names, shapes and progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,19 +38,38 @@ class Job:
     threads: int  # of the CPU; 0: leave as they are
     checkpoint_s: float  # seconds between checkpoints
     checkpoint_first: bool  # before the first step, so that a group is known as one from its start
+    stop: Path  # a file whose appearance asks to stop
     tensorboard: bool = False
 
 
-def log_path(run: Path, repetitions: Sequence[int]) -> Path:
-    """Give where a group logs: a JSON object a line."""
-    return run / "logs" / f"group-{format_repetitions(repetitions)}.jsonl"
+@dataclass(frozen=True, slots=True)
+class Left:
+    """How far a group is whose training was stopped."""
+
+    repetitions: tuple[int, ...]
+    step: int  # from which it can go on; 0: not begun
+    n_steps: int
+    lost: int = 0  # steps after it that no checkpoint holds
 
 
-def train_group(job: Job) -> None:
+def train_group(job: Job, stop: Stop | None = None) -> Left | None:
     """Train a group from its checkpoint, or from the start, to its finished repetitions in the run folder.
 
-    Raises: ModelError if the disk refuses or a checkpoint is broken.
+    Asked to stop, it ends the step under way, writes its checkpoint and says how far it is. Without `stop`, it listens itself.
+
+    Raises: ModelError if the disk refuses or a checkpoint is broken; Stopped at a second signal.
     """
+    if stop is None:
+        with Stop(job.stop) as stop:
+            return train_group(job, stop)
+    if not stop.asked:
+        return _train_group(job, stop)
+    path = checkpoint_path(job.run, job.repetitions)
+    progress = read_progress(path) if path.exists() else {"step": 0}
+    return Left(job.repetitions, progress["step"], progress.get("n_steps", 0))
+
+
+def _train_group(job: Job, stop: Stop) -> Left | None:
     if job.threads:
         torch.set_num_threads(job.threads)
     run, dataset = Run.open(job.run), Dataset.open(job.data)
@@ -57,26 +78,62 @@ def train_group(job: Job) -> None:
     begun_in = getattr(torch, read_progress(path)["products"]) if path.exists() else None  # a run goes on as it began
     group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device), products=begun_in)
     spent_s = _restore(group, path) if path.exists() else 0.0
-    if job.checkpoint_first and not path.exists():
-        write_checkpoint(path, group.tensors(), _progress(run, group, spent_s))
-    began = time.perf_counter()
     best = [best_path(job.run, r) for r in job.repetitions]
-    saved = time.monotonic()
-    with _Log(job) as log:
-        keep = run.config.patience > 0
-        for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keep else None):
+    events = job.run / "tensorboard" / format_repetitions(job.repetitions) if job.tensorboard else None
+    with Log(log_path(job.run, job.repetitions), group, spent_s=spent_s, tensorboard=events) as log:
+        log.write_event("resumed" if group.step else "begun")
+        keeper = _Keeper(path, run, group, log)
+        if job.checkpoint_first and not path.exists():
+            keeper.write()
+        keeps_best = run.config.patience > 0
+        for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keeps_best else None):
             log.write(record)
-            if time.monotonic() - saved >= job.checkpoint_s and not group.done:
-                progress = _progress(run, group, spent_s + time.perf_counter() - began)
-                write_checkpoint(path, group.tensors(), progress)
-                saved = time.monotonic()
-        seconds = spent_s + time.perf_counter() - began
+            if (stop.asked or time.monotonic() - keeper.tried >= job.checkpoint_s) and not group.done:
+                keeper.write()
+            if stop.asked and not group.done:
+                log.write_event("stopped", by=stop.name, kept_step=keeper.step)
+                return Left(group.repetitions, keeper.step, group.n_steps, group.step - keeper.step)
+        group.refuse_what_is_not_finite()
         if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
-            write_checkpoint(path, group.tensors(), _progress(run, group, seconds))
-        _finish(run, group, best, seconds)
-        log.write_fields({"finished": list(job.repetitions), "seconds": round(seconds, 3)})
+            keeper.write()
+        _finish(run, group, best, log.seconds)
+        log.write_fields({"finished": list(job.repetitions), "seconds": round(log.seconds, 3)})
     for file in [path, *best]:
         file.unlink(missing_ok=True)
+    return None
+
+
+class _Keeper:
+    """Write a group's checkpoints, as long as there is room for the next beside the last; nothing that is not finite."""
+
+    def __init__(self, path: Path, run: Run, group: Group, log: Log):
+        self._path, self._run, self._group, self._log = path, run, group, log
+        self.step = group.step  # of the last checkpoint
+        self.tried = time.monotonic()
+        self._warned = False
+
+    def write(self) -> None:
+        """Write one, or warn, once, that there is no room: then the last one stays.
+
+        Raises: ModelError if the disk refuses all the same, or a weight is not finite.
+        """
+        group, tensors = self._group, self._group.tensors()
+        group.clock.lap("log")
+        group.refuse_what_is_not_finite()
+        needed, free = sum(value.nbytes for value in tensors.values()) + HEADER_BYTES, free_bytes(self._run.path)
+        if needed <= free:
+            write_checkpoint(self._path, tensors, _progress(self._run, group, self._log.seconds))
+            self.step = group.step
+        elif not self._warned:
+            self._warned = True
+            kept = f"the last one, of step {self.step:,}, stays" if self._path.exists() else "there is none yet"
+            self._log.write_event(
+                "warning",
+                text=f"{self._path.parent}: no room for a checkpoint of {needed:,} bytes, {free:,} are free; {kept}; training "
+                "goes on; free some space",
+            )
+        group.clock.lap("checkpoint")
+        self.tried = time.monotonic()
 
 
 def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> None:
@@ -100,7 +157,11 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
 
 
 def _keep_best(group: Group, r: int, path: Path) -> None:
-    write_checkpoint(path, group.packed.repetition(r), {"step": group.step})
+    group.clock.lap("validation")
+    parameters = group.packed.repetition(r)
+    group.refuse_what_is_not_finite(parameters)
+    write_checkpoint(path, parameters, {"step": group.step})
+    group.clock.lap("checkpoint")
 
 
 def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
@@ -109,6 +170,7 @@ def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
         "repetitions": list(group.repetitions),
         "products": str(group.products).removeprefix("torch."),
         "step": group.step,
+        "n_steps": group.n_steps,
         "seconds": seconds,
         "standings": [dataclasses.asdict(s) for s in group.standings],
     }
@@ -121,69 +183,3 @@ def _restore(group: Group, path: Path) -> float:
     group.step = group.optimizer.step = int(progress["step"])
     group.standings = [Standing(**standing) for standing in progress["standings"]]
     return float(progress["seconds"])
-
-
-class _Log:
-    """The group's JSONL log and, if asked for, its TensorBoard events."""
-
-    def __init__(self, job: Job):
-        self._path = log_path(job.run, job.repetitions)
-        self._tensorboard = (
-            _tensorboard(job.run / "tensorboard" / format_repetitions(job.repetitions)) if job.tensorboard else None
-        )
-        self._last, self._samples = 0.0, []  # type: float, list[float]
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> _Log:
-        try:
-            self._path.parent.mkdir(exist_ok=True)
-            self._file = open(self._path, "a", encoding="utf-8")
-        except OSError as error:
-            raise ModelError(f"{self._path}: the log cannot be written ({error.strerror})") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-    def write(self, record: StepRecord) -> None:
-        """Note a step, now and then: every half second, and whenever it holds a validation or is the last."""
-        self._samples.append(1 / record.samples_per_s)
-        if self._tensorboard is not None:
-            for name, value in _figures(record):
-                self._tensorboard.add_scalar(name, value, record.step)
-        now = time.monotonic()
-        if now - self._last < LOG_SECONDS and record.validation is None and record.loss is None and record.step < record.n_steps:
-            return
-        fields = {k: v for k, v in dataclasses.asdict(record).items() if v is not None}
-        fields["samples_per_s"] = round(len(self._samples) / sum(self._samples), 1)
-        self._last, self._samples = now, []
-        self.write_fields(fields)
-
-    def write_fields(self, fields: dict[str, Any]) -> None:
-        """Write one line and hand it to the system at once."""
-        assert self._file is not None
-        try:
-            self._file.write(json.dumps(fields) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise ModelError(f"{self._path}: the log cannot be written ({error.strerror}); go on with --resume") from error
-
-
-def _figures(record: StepRecord) -> Iterator[tuple[str, float]]:
-    if record.loss is not None:
-        yield "loss", record.loss
-    yield "samples_per_s", record.samples_per_s
-    yield "rate", record.rate
-    for name, value in (record.validation or {}).items():
-        yield f"validation/{name}", value
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtra("writing TensorBoard events", "tensorboard") from error
-    return SummaryWriter(str(folder))

@@ -5,12 +5,9 @@ Axes: N samples, R repetitions of the group, B buckets, D hidden width.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,10 @@ from mach.hashing import LabelTable
 from mach.heads import Positives
 from mach.metrics import precision_at_k
 from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, feature_buckets, initial_parameters, resolve_precision
+from mach.train.clock import clock_for
 from mach.train.feed import ahead
+from mach.train.finite import FiniteWatch, Place, is_finite
+from mach.train.memory import peak_bytes
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
 
@@ -90,6 +90,8 @@ class Group:
         self.packed = self._initial()
         self.optimizer = Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT)
         self._began = time.perf_counter()
+        self.clock = clock_for(device)
+        self.finite = FiniteWatch(config, self.repetitions)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,11 +110,31 @@ class Group:
     def steps(self, on_better: Callable[[int], None]) -> Iterator[StepRecord]:
         """Train until done, yielding a record a step. `on_better(r)` marks a best epoch of the r-th packed repetition."""
         batches = ahead(self._prepare, self._rows_to_come())
+        self.clock.start()
         try:
             while not self.done:
-                yield self._record(next(batches), on_better)
+                ready = next(batches)
+                self.clock.lap("data")
+                yield self._record(ready, on_better)
+                self.clock.lap("log")
         finally:
             batches.close()
+
+    def _signs(self, loss: Tensor | None) -> Tensor:
+        """Give a number for each repetition (R,) that is finite as long as the step's loss and gradients are.
+
+        The gradient of the hidden vectors of every sample flows into the input layer's bias, D numbers, and stays there if it is
+        not finite.
+        """
+        total = self.packed.parameters["input.bias"].detach().sum(1, dtype=torch.float64)
+        return total if loss is None else total + loss
+
+    def refuse_what_is_not_finite(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Raise ModelError unless some tensors, or all that a checkpoint must hold, are finite. One pass over their memory."""
+        self.finite.settle()
+        bad = [name for name, value in (tensors or self.tensors()).items() if not is_finite(value)]
+        if bad:
+            self.finite.refuse(self.repetitions, ", ".join(bad))
 
     def _rows_to_come(self) -> Iterator[np.ndarray]:
         """Give the rows of each batch still to come: a function of the seed and the step."""
@@ -132,8 +154,14 @@ class Group:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         want_loss = self.step % LOSS_EVERY == 0 or self.step + 1 == self.n_steps
         loss = self._step(ready, want_loss)
+        self.finite.note(self._signs(loss), Place(self.step, self.n_steps, epoch + 1, ready.rows))
         ends_epoch = place + 1 == self.steps_per_epoch
+        if ends_epoch:
+            self.refuse_what_is_not_finite()
+        self.clock.lap("watch")
         validation = self._validate(on_better) if ends_epoch and self.held_out is not None else None
+        if validation is not None:
+            self.clock.lap("validation")
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
         return StepRecord(
@@ -158,6 +186,7 @@ class Group:
             update_input=self.optimizer.update_input,
             drop=self._dropout(),
             want_loss=want_loss,
+            lap=self.clock.lap,
         )
         self.step += 1
         return loss
@@ -241,14 +270,3 @@ def _rows(config: Config, dataset: Dataset) -> tuple[np.ndarray, tuple[Any, CSR]
     if config.patience and not len(held):
         raise DataError(f"{dataset.path}: patience={config.patience} needs a dev split, or validation above 0")
     return rows, (take(split.features, held), take_rows(split.labels, held)) if len(held) else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Give the most memory used so far: by this process on the CPU, by torch's allocator on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    high_water = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
-    if high_water:  # getrusage would give the parent's peak where that was higher
-        return int(high_water[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -102,3 +102,26 @@ def test_it_draws_on_standard_error(tmp_path, capsys):
         put(log, STEP | {"loss": 2.0})
     out, err = capsys.readouterr()
     assert out == "" and "r 0-1" in err and "3/10" in err
+
+
+def test_a_log_that_is_rotated_is_followed_to_its_end_and_on(tmp_path, shown, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 1e6)
+    log, seen, update = tmp_path / "log.jsonl", [], Watch._update
+    monkeypatch.setattr(Watch, "_update", lambda self, name, fields: (seen.append(fields["step"]), update(self, name, fields)))
+    put(log, STEP)
+    with Watch({"0-0": log}, shown=True) as watch:
+        put(log, STEP | {"step": 4})
+        log.rename(tmp_path / "log.jsonl.1")
+        watch._show_new()  # the next file is not there yet
+        put(tmp_path / "log.jsonl.1", STEP | {"step": 5})
+        put(log, STEP | {"step": 6})
+        watch._show_new()
+        put(log, STEP | {"step": 7})
+    assert seen == [4, 5, 6, 7]
+
+
+def test_what_a_group_warns_of_is_shown(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    with Watch({"0-1": log}, shown=True):
+        put(log, {"event": "warning", "text": "no room [for] it, " + 99 * "x", "at_step": 3}, STEP)
+    assert f"r 0-1: warning: no room [for] it, {99 * 'x'}\n" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from mach.errors import ConfigError, DataError, MissingExtra, ModelError
 from mach.metrics import precision_at_k
 from mach.parallel import progress, runners, train
 from mach.store import Run
-from mach.train import group
+from mach.train.log import log_path
 
 CONFIG = Config(buckets=13, repetitions=4, hidden=9, layers=1, dropout=0.3, batch_size=100, epochs=2)
 
@@ -182,9 +182,9 @@ def test_workers_share_the_threads(tiny, tmp_path, monkeypatch):
 
 
 def test_logs_are_found_where_groups_write_them(tmp_path):
-    assert group.log_path(tmp_path, [0, 1, 2]) == tmp_path / "logs" / "group-0-2.jsonl"
-    assert group.log_path(tmp_path, [3]) == tmp_path / "logs" / "group-3-3.jsonl"
-    assert group.log_path(tmp_path, [3, 5]) == tmp_path / "logs" / "group-3,5.jsonl"
+    assert log_path(tmp_path, [0, 1, 2]) == tmp_path / "logs" / "group-0-2.jsonl"
+    assert log_path(tmp_path, [3]) == tmp_path / "logs" / "group-3-3.jsonl"
+    assert log_path(tmp_path, [3, 5]) == tmp_path / "logs" / "group-3,5.jsonl"
 
 
 def test_a_killed_worker_is_named_with_what_to_do(tiny, tmp_path, monkeypatch):

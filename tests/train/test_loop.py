@@ -13,7 +13,7 @@ from train_reference import train_reference
 from mach.config import Config, Loss
 from mach.data import Dataset, write_dataset
 from mach.decoding import decode_topk
-from mach.errors import ConfigError, DataError
+from mach.errors import DataError
 from mach.hashing import LabelTable
 from mach.metrics import precision_at_k
 from mach.model import Packed, feature_buckets
@@ -273,12 +273,6 @@ def test_rows_without_features_or_labels_are_legal(tmp_path):
         records = run(group)
         assert all(np.isfinite(r.loss) for r in records if r.loss is not None)
         assert all(value.isfinite().all() for value in group.tensors().values())
-
-
-def test_a_run_that_diverges_is_named(tiny):
-    group = group_of(SMALL.replace(learning_rate=1e38, epochs=3), tiny)
-    with pytest.raises(ConfigError, match="finite"):
-        run(group)
 
 
 def test_two_labels_in_one_bucket_are_one_positive(tmp_path):

@@ -1,0 +1,30 @@
+"""Bars and lines of block characters, for terminals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+BLOCKS = " ▏▎▍▌▋▊▉█"
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+def bar(share: float, width: int = 20) -> str:
+    """Draw a share in [0, 1] as a bar of `width` characters, exact to an eighth of one."""
+    eighths = round(share * width * 8)
+    return (BLOCKS[8] * (eighths // 8) + BLOCKS[eighths % 8].strip()).ljust(width)
+
+
+def spark(values: Sequence[float], width: int = 60, *, log: bool = False) -> str:
+    """Draw the finite of the values as a line of at most `width` characters, from the least to the largest.
+
+    log: on a logarithmic scale, as losses fall fast; values up to 1e-12 are drawn as that.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    step = max(1.0, len(finite) / width)
+    picked = [finite[int(i * step)] for i in range(min(width, len(finite)))]
+    drawn = [math.log(max(value, 1e-12)) for value in picked] if log else [value / 2 for value in picked]  # a span stays finite
+    low, span = min(drawn), (max(drawn) - min(drawn)) or 1.0
+    return "".join(SPARK[round((value - low) / span * (len(SPARK) - 1))] for value in drawn)

@@ -1,0 +1,34 @@
+"""Workers that are asked to stop: the parent passes it on and waits for their checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+
+import pytest
+
+from mach.train.checkpoint import checkpoint_path, read_progress
+from mach.train.log import log_path, read_log
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["SIGTERM", "Ctrl-C"])
+def test_workers_are_told_and_waited_for(started, tiny, tmp_path, whole_group):
+    """SIGTERM comes to the parent alone, a terminal's Ctrl-C to every process."""
+    logs = [log_path(tmp_path / "run", group) for group in ([0, 1], [2, 3])]
+    settings = ["--buckets", "13", "--hidden", "9", "--batch-size", "10", "--repetitions", "4", "--epochs", "100000"]
+    process = started("train", tiny.path, "--out", tmp_path / "run", *settings, "--workers", "2")
+    process.await_steps(*logs)
+    if whole_group:
+        os.killpg(process.process.pid, signal.SIGINT)
+    else:
+        os.kill(process.process.pid, signal.SIGTERM)
+    ended, line, err = process.end()
+    where = r"at step ([\d,]+) of 2,000,000 \(repetitions 0-1\), at step ([\d,]+) of 2,000,000 \(repetitions 2-3\)"
+    found = re.fullmatch(rf"mach train: .*run: stopped {where}; go on with --resume", line)
+    assert ended == (130 if whole_group else 0) and found, err
+    assert "Traceback" not in err
+    for log, step, group in zip(logs, found.groups(), ([0, 1], [2, 3]), strict=True):
+        assert read_progress(checkpoint_path(tmp_path / "run", group))["step"] == int(step.replace(",", ""))
+        assert list(read_log(log))[-1]["event"] == "stopped"
+    assert not list((tmp_path / "run").glob(".*"))
