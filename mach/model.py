@@ -97,9 +97,9 @@ def prior_output(loss: Loss, share: float) -> float:
     return 2 * share - 1 if loss == "squared-hinge" else 0.0  # the softmax is not moved by a common bias
 
 
-def _axis(name: str) -> int:
-    """Give the axis of the repetitions in a packed parameter: rows of the input hold all repetitions side by side."""
-    return 1 if name == INPUT else 0
+def packed_axis(name: str) -> int:
+    """Give the axis of the repetitions in a packed parameter or its moments: rows of the input hold them side by side."""
+    return 1 if name.startswith(INPUT) else 0
 
 
 class Packed:
@@ -126,19 +126,21 @@ class Packed:
             for name, value in parameters.items():
                 if name not in packed:
                     shape = list(value.shape)
-                    shape.insert(_axis(name), n)
+                    shape.insert(packed_axis(name), n)
                     packed[name] = torch.empty(shape, dtype=value.dtype, device=device)
-                packed[name].select(_axis(name), r).copy_(value)
+                packed[name].select(packed_axis(name), r).copy_(value)
         return cls(packed, config=config, features=features, products=products)
 
     @classmethod
     def single(cls, parameters: Mapping[str, Tensor], *, config: Config, features: Features) -> Packed:
         """Take one repetition as it is, without a copy: its weights may be views of a file."""
-        return cls({name: value.unsqueeze(_axis(name)) for name, value in parameters.items()}, config=config, features=features)
+        return cls(
+            {name: value.unsqueeze(packed_axis(name)) for name, value in parameters.items()}, config=config, features=features
+        )
 
     def repetition(self, r: int) -> dict[str, Tensor]:
         """Give a copy of the parameters of the r-th packed repetition, on the CPU."""
-        return {name: value.select(_axis(name), r).contiguous().cpu() for name, value in self.parameters.items()}
+        return {name: value.select(packed_axis(name), r).contiguous().cpu() for name, value in self.parameters.items()}
 
     def logits(self, batch: Batch) -> Tensor:
         """Give the outputs of every head, shape (N, R, B)."""

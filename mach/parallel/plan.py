@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from mach.config import Config
-from mach.hashing.bounds import Cost, ensemble_cost
+from mach.hashing.bounds import ensemble_cost
 from mach.model import Sizes
 
 
@@ -28,36 +28,21 @@ def plan_groups(
     return begun + [tuple(new[a:b]) for a, b in pairwise(cuts)]
 
 
-def repetition_bytes(config: Config, sizes: Sizes) -> int:
-    """Give the bytes that training one repetition takes, without the activations of a batch."""
-    return _cost(config, sizes).training_bytes
-
-
 def disk_bytes(config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *, n_workers: int) -> int:
     """Give the bytes that training some groups writes at its fullest, without what text and logs add.
 
     Every repetition is finished or at its end. The largest groups that can be under way together hold a checkpoint of weights and
     moments twice, as the old one stays until the new one is whole, and with early stopping the best weights of their repetitions.
     """
-    cost = _cost(config, sizes)
-    checkpoint = cost.training_bytes - cost.table_bytes
-    underway = sum(sorted(map(len, groups), reverse=True)[:n_workers])
-    best = cost.weight_bytes if config.patience else 0
-    return sum(map(len, groups)) * cost.weight_bytes + underway * (2 * checkpoint + best)
-
-
-def _cost(config: Config, sizes: Sizes) -> Cost:
-    """Count what one repetition costs."""
-    return ensemble_cost(
+    cost = ensemble_cost(
         n_labels=sizes.n_labels,
         n_buckets=sizes.n_buckets,
         n_repetitions=1,
         hidden=config.hidden,
-        n_features=sizes.n_features,
+        n_features=config.feature_buckets or sizes.n_features,
         layers=config.layers,
     )
-
-
-def group_size(config: Config, sizes: Sizes, *, memory_bytes: int, n_workers: int) -> int:
-    """Give how many repetitions a worker may hold at once, using half of its share of the memory; at least one."""
-    return max(1, memory_bytes // 2 // max(1, n_workers) // repetition_bytes(config, sizes))
+    checkpoint = cost.training_bytes - cost.table_bytes
+    underway = sum(sorted(map(len, groups), reverse=True)[:n_workers])
+    best = cost.weight_bytes if config.patience else 0
+    return sum(map(len, groups)) * cost.weight_bytes + underway * (2 * checkpoint + best)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
@@ -17,12 +19,13 @@ from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.files import clear_leftovers, free_bytes
 from mach.model import Model, resolve_device
-from mach.parallel.plan import disk_bytes, group_size, plan_groups
+from mach.parallel.memory import free_memory, group_size, is_out_of_memory
+from mach.parallel.plan import disk_bytes, plan_groups
 from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
-from mach.train.checkpoint import FOLDER, best_path, read_progress
+from mach.train.checkpoint import FOLDER, best_path, checkpoint_path, leftover_checkpoints, read_progress, split_checkpoint
 from mach.train.group import Job, Left, train_group
-from mach.train.log import log_path
+from mach.train.log import append_event, log_path
 from mach.train.stop import Stop, leave_interrupts_to_the_parent
 
 CHECKPOINT_S = 120.0
@@ -70,7 +73,7 @@ def train(
         finished=run.finished(),
         underway=begun,
         n_workers=n_workers,
-        group_size=group_size(config, run.sizes, memory_bytes=_memory(devices[0]), n_workers=-(-n_workers // len(devices))),
+        group_size=_group_size(run, devices, n_workers),
     )
     _refuse_full_disk(run, groups, n_workers)
     asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
@@ -100,21 +103,81 @@ def train(
 
 def _run(jobs: Sequence[Job], n_workers: int, progress: bool, stop: Stop) -> list[Left]:
     """Run the jobs, in this process if one worker does them all; give those that were stopped."""
+    ends: list[Left] = []
+    while jobs:
+        done = _attempt(jobs, n_workers, progress, stop)
+        too_large = [job for job, end in zip(jobs, done, strict=True) if isinstance(end, TooLarge)]
+        ends += [end for end in done if isinstance(end, Left)]
+        for job in too_large:
+            if len(job.repetitions) > 1 and checkpoint_path(job.run, job.repetitions).exists():
+                split_checkpoint(job.run, job.repetitions, [half.repetitions for half in _halves(job)])
+        jobs = [half for job in too_large for half in _halves(job)]
+    return ends
+
+
+def _attempt(jobs: Sequence[Job], n_workers: int, progress: bool, stop: Stop) -> list[Left | TooLarge | None]:
+    """Run the jobs once; say of each that it is done (None), was stopped, or did not fit the memory."""
     logs = {format_repetitions(job.repetitions): log_path(job.run, job.repetitions) for job in jobs}
     with Watch(logs, shown=progress):
         if n_workers == 1:
-            ends = [train_group(job, stop) for job in jobs]
-        else:
-            try:
-                parallel = joblib.Parallel(n_jobs=n_workers, backend="loky", initializer=leave_interrupts_to_the_parent)
-                ends = parallel(joblib.delayed(train_group)(job) for job in jobs)
-            except TerminatedWorkerError as error:
-                if stop.asked:  # it went to the workers, too, and one was not listening yet, or no more
-                    raise Stopped(f"{jobs[0].run}: stopped at the last checkpoints", stop.status) from error
+            return [_train_if_it_fits(job, stop) for job in jobs]
+        try:
+            parallel = joblib.Parallel(n_jobs=n_workers, backend="loky", initializer=leave_interrupts_to_the_parent)
+            return list(parallel(joblib.delayed(_train_if_it_fits)(job) for job in jobs))
+        except TerminatedWorkerError as error:
+            if stop.asked:  # it went to the workers, too, and one was not listening yet, or no more
+                raise Stopped(f"{jobs[0].run}: stopped at the last checkpoints", stop.status) from error
+            finished = set(Run.open(jobs[0].run).finished())
+            left = [job for job in jobs if not set(job.repetitions) <= finished]
+            if all(len(job.repetitions) == 1 for job in left):
                 raise ModelError(
                     f"{jobs[0].run}: a worker was killed, perhaps for lack of memory; go on with --resume, with fewer workers"
                 ) from error
-    return [end for end in ends if end is not None]
+            return [_too_large(job) if job in left else None for job in jobs]
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """What a group gives that did not fit the memory, or whose worker was killed, as systems do that run out of it."""
+
+
+def _train_if_it_fits(job: Job, stop: Stop | None = None) -> Left | TooLarge | None:
+    try:
+        return train_group(job, stop)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(job.repetitions) == 1:
+            raise ModelError(
+                f"{job.run}: repetition {job.repetitions[0]} alone does not fit the memory of {job.device} ({error}); choose a "
+                "smaller batch_size, hidden or buckets, or hash the features (feature_buckets)"
+            ) from error
+    gc.collect()  # the error is gone here, and with it the frames that hold the group
+    if job.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return _too_large(job)
+
+
+def _too_large(job: Job) -> TooLarge:
+    """Say in the group's log what will be done."""
+    if len(job.repetitions) > 1:
+        names = " and ".join(format_repetitions(half.repetitions) for half in _halves(job))
+        text = f"repetitions {format_repetitions(job.repetitions)} do not fit the memory together: {names} go on apart"
+        append_event(log_path(job.run, job.repetitions), "warning", text=text)
+    return TooLarge()
+
+
+def _halves(job: Job) -> list[Job]:
+    """Cut a group in two; a group of one stays, to be tried once more."""
+    half = -(-len(job.repetitions) // 2)
+    parts = [job.repetitions[:half], job.repetitions[half:]]
+    return [replace(job, repetitions=part, checkpoint_first=True) for part in parts if part]
+
+
+def _group_size(run: Run, devices: Sequence[str], n_workers: int) -> int:
+    device = torch.device(devices[0])
+    a_device = -(-n_workers // len(devices))
+    return group_size(run.config, run.sizes, free_bytes=free_memory(device), n_workers=a_device, device=device)
 
 
 def _where(left: Sequence[Left]) -> str:
@@ -150,8 +213,12 @@ def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
             raise ModelError(f"{file}: the checkpoint is of another run, copied here by mistake; delete it")
         if set(group) <= finished:
             file.unlink(missing_ok=True)
-        elif set(group) & set(wanted):
+        else:
             begun.append(group)
+    for group in leftover_checkpoints(begun):
+        begun.remove(list(group))
+        checkpoint_path(run.path, group).unlink(missing_ok=True)
+    begun = [group for group in begun if set(group) & set(wanted)]
     for r in finished:
         best_path(run.path, r).unlink(missing_ok=True)
     if begun and not resume:
@@ -181,13 +248,6 @@ def _devices(name: str) -> list[str]:
     """Give the devices that a name stands for: every GPU for `auto`, where there are any."""
     n_gpus = torch.cuda.device_count()
     return [f"cuda:{i}" for i in range(n_gpus)] if name == "auto" and n_gpus else [str(resolve_device(name))]
-
-
-def _memory(device: str) -> int:
-    """Give the bytes of memory of a device."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _temporary() -> tuple[Path, tempfile.TemporaryDirectory[str]]:

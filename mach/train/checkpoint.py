@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mach.errors import ModelError
 from mach.files import atomic
+from mach.model import packed_axis
 from mach.store.folder import format_repetitions
 
 FOLDER = "checkpoints"
@@ -44,6 +45,41 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mappin
         raise ModelError(
             f"{path}: the checkpoint cannot be written ({error}); free some space and go on with --resume"
         ) from error
+
+
+def split_checkpoint(run: Path, repetitions: Sequence[int], parts: Sequence[Sequence[int]]) -> None:
+    """Replace a group's checkpoint by one for each part of the group, which go on where it stands.
+
+    The parts are whole before the old one goes; killed between, `leftover_checkpoints` tells which count.
+    """
+    path = checkpoint_path(run, repetitions)
+    progress = read_progress(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        for part in parts:
+            places = [list(repetitions).index(r) for r in part]
+            assert places == list(range(places[0], places[-1] + 1)), "parts are runs of the group"
+            cut = slice(places[0], places[-1] + 1)
+            tensors = {}
+            for name in file.keys():
+                whole = file.get_slice(name)
+                tensors[name] = whole[:, cut] if packed_axis(name.removeprefix("optimizer.")) else whole[cut]
+            own = {"repetitions": list(part), "standings": progress["standings"][cut]}
+            write_checkpoint(checkpoint_path(run, part), tensors, {**progress, **own})
+    path.unlink()
+
+
+def leftover_checkpoints(groups: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Give the groups whose checkpoints no longer count, as others cover theirs: of a split that was killed before its end.
+
+    A group goes if smaller ones hold all of it; smaller ones that do not go, as the group they came from is still there.
+    """
+    gone: list[Sequence[int]] = []
+    for group in groups:
+        parts = [part for part in groups if set(part) < set(group)]
+        if parts:
+            covered = set().union(*parts) == set(group)
+            gone += [group] if covered else parts
+    return gone
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -48,6 +48,13 @@ def _rotated(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Add an event to a log that no group is writing."""
+    path.parent.mkdir(exist_ok=True)  # a group may end before its first line
+    with open(path, "ab") as file:
+        file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
+
+
 class Log:
     """Write a group's log while the block runs.
 

@@ -7,9 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mach.config import Config
 from mach.model import Sizes
-from mach.parallel.plan import group_size, plan_groups, repetition_bytes
+from mach.parallel.plan import plan_groups
 
 numbers = st.lists(st.integers(0, 40), max_size=20)
 SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=1.0)
@@ -54,19 +53,3 @@ def test_a_plan_by_hand():
     assert plan == [(3, 4), (1,), (2, 5), (6, 7)]
     assert plan_groups(range(8), finished=(), underway=[], n_workers=1, group_size=100) == [tuple(range(8))]
     assert plan_groups([], finished=(), underway=[], n_workers=3, group_size=1) == []
-
-
-@given(st.integers(0, 10**12), st.integers(1, 64))
-def test_a_group_fits_half_its_share_of_memory_or_is_one(memory_bytes, n_workers):
-    config = Config(hidden=32)
-    one = repetition_bytes(config, SIZES)
-    size = group_size(config, SIZES, memory_bytes=memory_bytes, n_workers=n_workers)
-    assert size == 1 or 2 * size * n_workers * one <= memory_bytes
-    assert 2 * (size + 1) * n_workers * one > memory_bytes
-
-
-def test_the_bytes_of_a_repetition_are_counted_by_hand():
-    weights = 1000 * 32 + 32 + 64 * 32 + 64
-    moments = 1000 + 2 * (32 + 64 * 32 + 64)
-    found = repetition_bytes(Config(hidden=32), SIZES)
-    assert abs(found - 4 * (weights + moments)) <= 0.05 * found

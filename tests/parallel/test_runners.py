@@ -55,7 +55,7 @@ def test_the_planted_problem_is_solved_from_end_to_end(tiny):
 
 
 def test_more_repetitions_are_trained_in_groups_that_fit(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runners, "_memory", lambda device: 0)
+    monkeypatch.setattr(runners, "free_memory", lambda device: 0)
     train(CONFIG, tiny, tmp_path / "run")
     assert [record["group"] for record in Run.open(tmp_path / "run").records().values()] == [[0], [1], [2], [3]]
 

@@ -1,0 +1,75 @@
+"""How much memory a group of packed repetitions takes to train, and how much there is: so that a group is as large as fits.
+
+`experiments/memory` prints what `group_bytes` says beside the peak of real runs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from mach.config import Config
+from mach.encoders import inputs
+from mach.hashing.bounds import ensemble_cost
+from mach.heads import linear
+from mach.model import Sizes, resolve_precision
+
+PROCESS_BYTES = 450 << 20  # of Python, torch and compiled kernels before any weight; on a GPU, of its context
+SHARE = 0.9  # of what is free; the rest is for what grows beside it, such as pages of the data set
+CGROUPS = (  # limit and use of a container, version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:
+    """Estimate the most bytes that training n repetitions together takes on a device, the process or context included.
+
+    What stays: weights, moments, label table, and the head's copy for its products. What comes and goes with a step: one
+    repetition's weights beside them at the start and the end, a batch's hidden vectors, the outputs and gradients of a chunk of
+    buckets with the passes of a step that tells its loss, and the row gradients of a block.
+    """
+    F, B, D, N = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden, config.batch_size
+    one = ensemble_cost(
+        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers
+    )  # fmt: skip
+    width = 2 if resolve_precision(config.precision, device) == torch.bfloat16 else 4
+    copy = 0 if width == 4 else width * B * D
+    chunk = min(linear.CHUNK_BYTES[device.type], n * N * B * width)
+    buckets = max(1, chunk // (n * N * width))  # of a chunk
+    hidden = n * N * D * (16 + (13 + width) * config.layers)
+    passes = 3 * (chunk // width * 4)
+    return (
+        PROCESS_BYTES + n * (one.training_bytes + copy) + one.weight_bytes + hidden + chunk + passes
+        + n * buckets * D * width + inputs.GRADIENT_BYTES[device.type]
+    )  # fmt: skip
+
+
+def group_size(config: Config, sizes: Sizes, *, free_bytes: int, n_workers: int, device: torch.device) -> int:
+    """Give how many repetitions a worker may hold at once, if `n_workers` share the memory; at least one."""
+    size = 1
+    while size < config.n_repetitions():
+        if group_bytes(config, sizes, size + 1, device=device) * n_workers > SHARE * free_bytes:
+            break
+        size += 1
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Give the bytes that can be had on a device now: on a CPU what the system and the container leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    free = available[0] if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used in CGROUPS:
+        if Path(limit).exists() and (text := Path(limit).read_text().strip()).isdigit():
+            free = min(free, int(text) - int(Path(used).read_text()))
+    return max(0, free)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory could not be had: torch's on a GPU, its allocator's on a CPU, or numpy's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
