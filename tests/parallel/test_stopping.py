@@ -30,5 +30,6 @@ def test_workers_are_told_and_waited_for(started, tiny, tmp_path, whole_group):
     assert "Traceback" not in err
     for log, step, group in zip(logs, found.groups(), ([0, 1], [2, 3]), strict=True):
         assert read_progress(checkpoint_path(tmp_path / "run", group))["step"] == int(step.replace(",", ""))
-        assert list(read_log(log))[-1]["event"] == "stopped"
+        last = list(read_log(log))[-1]
+        assert (last["event"], last["by"]) == ("stopped", "Ctrl-C" if whole_group else "SIGTERM")
     assert not list((tmp_path / "run").glob(".*"))
