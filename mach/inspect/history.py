@@ -78,17 +78,14 @@ def history_of(name: str, lines: Sequence[Line]) -> History:
     """Sort the lines of a log: what a start or a resumption made void falls away."""
     steps: list[Line] = []
     events: list[Line] = []
-    is_finished = False
     for line in lines:
         event = line.get("event")
         if event in ("begun", "resumed"):
             reached = steps[-1]["step"] if steps else 0
             steps = [step for step in steps if step["step"] <= line["at_step"]]
             events = [] if event == "begun" else [*events, {**line, "again": max(0, reached - line["at_step"])}]
-            is_finished = False
         elif event:
             events.append(line)
         elif "step" in line:
             steps.append(line)
-        is_finished |= "finished" in line
-    return History(name, steps, events, is_finished)
+    return History(name, steps, events, is_finished=bool(lines) and "finished" in lines[-1])
