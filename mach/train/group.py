@@ -87,9 +87,12 @@ def _train_group(job: Job, stop: Stop) -> Left | None:
         keeps_best = run.config.patience > 0
         for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keeps_best else None):
             log.write(record)
-            if (stop.asked or time.monotonic() - keeper.tried >= job.checkpoint_s) and not group.done:
+            if group.done:
+                break
+            is_asked = stop.asked  # once: it may change at any moment
+            if is_asked or time.monotonic() - keeper.tried >= job.checkpoint_s:
                 keeper.write()
-            if stop.asked and not group.done:
+            if is_asked:
                 log.write_event("stopped", by=stop.name, kept_step=keeper.step)
                 return Left(group.repetitions, keeper.step, group.n_steps, group.step - keeper.step)
         if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
