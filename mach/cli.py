@@ -12,13 +12,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mach.config import Config, Estimator, load_config
-from mach.draw import bar, spark
+from mach.draw import bar
 from mach.errors import MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
@@ -124,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--config", required=True, help="TOML: settings under [base], then [[configurations]] with a name each")
     _add_machine(compare)
 
-    inspect = command("inspect", _inspect, "Show what a run folder holds.")
+    inspect = command("inspect", _inspect, "Show what a run folder holds, and how its training went.")
     inspect.add_argument("model", metavar="RUN", help="a run folder")
+    inspect.add_argument("--plot", metavar="FILE", help="draw its training, too: .png, .svg or .pdf")
     inspect.add_argument("--json", action="store_true")
 
     verify = command("verify", _verify, "Check every byte of a run folder or data set against its checksums.")
@@ -360,12 +361,16 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from mach.inspect.history import histories
+    from mach.inspect.plot import plot
+    from mach.inspect.show import show
     from mach.store import Run
 
     run = Run.open(args.model)
-    records, problems = run.records(), run.problems()
+    records, problems, found = run.records(), run.problems(), histories(run.path)
     if args.json:
-        return _say(json.dumps({"manifest": run.manifest, "repetitions": records, "problems": problems}))
+        groups = {history.name: history.to_dict() for history in found}
+        return _say(json.dumps({"manifest": run.manifest, "repetitions": records, "problems": problems, "groups": groups}))
     sizes, config = run.sizes, run.config
     counts = f"{sizes.n_labels:,} labels, {sizes.n_buckets:,} buckets, {sizes.n_features:,} features"
     _say(f"{args.model}: {config.table} table, {counts}")
@@ -375,18 +380,12 @@ def _inspect(args: argparse.Namespace) -> None:
             _say(f"repetition {r} {problems[r]}")
         else:
             _say(f"repetition {r}: {records[r]['parameters']:,} parameters, {records[r]['train_s']:.1f} s of training")
-    for log in sorted((run.path / "logs").glob("*.jsonl")):
-        losses = [loss for loss in _losses(log) if math.isfinite(loss)]
-        drawn = f"{losses[0]:.3f} {spark(losses, log=True)} {losses[-1]:.3f}" if losses else "(none yet)"
-        _say(f"{log.stem}: loss {drawn}")
-
-
-def _losses(log: Path) -> list[float]:
-    losses = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # a line cut short, where the disk was full
-            losses.append(json.loads(line).get("loss"))
-    return [loss for loss in losses if loss is not None]
+    for history in found:
+        for line in show(history):
+            _say(line)
+    if args.plot:
+        plot(found, args.plot)
+        _say(f"plot: {args.plot}")
 
 
 def _verify(args: argparse.Namespace) -> None:

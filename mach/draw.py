@@ -1,4 +1,4 @@
-"""Bars and lines of block characters, for terminals."""
+"""What drawings share: bars and lines of block characters for terminals, colours for charts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARK = "▁▂▃▄▅▆▇█"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: told apart by nearly everybody
+INK, MUTED, LINE = "#1b1f24", "#59616b", "#d8dde3"
 
 
 def bar(share: float, width: int = 20) -> str:

@@ -484,7 +484,9 @@ def test_inspect(works, run, tmp_path):
     assert lines[0] == f"{run}: hashed table, 40 labels, 13 buckets, 50 features"
     assert "buckets=13, repetitions=2, seed=0, hidden=8" in lines[1]
     assert all(re.fullmatch(rf"repetition {r}: 525 parameters, \d+\.\d s of training", lines[2 + r]) for r in (0, 1))
-    assert re.fullmatch(r"group-0-1: loss \d+\.\d{3} [▁▂▃▄▅▆▇█]+ \d+\.\d{3}", lines[4])
+    assert re.fullmatch(r"group-0-1: finished, \d+\.\d s, [\d,]+ samples/s, \d+ MB of memory at most", lines[4])
+    assert re.fullmatch(r"  loss +\d+\.\d{3} [▁▂▃▄▅▆▇█]+ \d+\.\d{3}", lines[5])
+    assert {line.split()[0] for line in lines[7:]} == {"data", "step", "validation", "log"}
     broken = shutil.copytree(run, tmp_path / "run")
     weights = Run.open(broken).weights_path(0)
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -497,6 +499,14 @@ def test_inspect_as_json(works, run):
     found = json.loads(works("inspect", run, "--json"))
     assert found["manifest"]["format"] == 1 and found["problems"] == {}
     assert found["repetitions"]["1"]["parameters"] == 525
+    group = found["groups"]["group-0-1"]
+    assert group["step"] == group["n_steps"] == 4 and group["finished"] and group["parts_s"]["step"] > 0
+    assert [at for at, _ in group["loss"]] == [1, 4]
+
+
+def test_inspect_draws(works, fails, run, tmp_path):
+    assert works("inspect", run, "--plot", tmp_path / "a.png").endswith(f"plot: {tmp_path}/a.png\n")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_inspect_bad_input(fails, tiny, run, tmp_path):

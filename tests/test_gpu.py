@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from mach.config import Config
+from mach.errors import ModelError
 from mach.metrics import precision_at_k
 from mach.parallel import train
 from mach.store import Run, load
 from mach.train import group
+from mach.train.log import log_path, read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 CONFIG = Config(buckets=20, repetitions=4, hidden=32, layers=1, batch_size=20, epochs=20)
@@ -46,3 +48,24 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch):
     for r in range(4):
         whole, cut = (load_file(Run.open(tmp_path / name).weights_path(r)) for name in ("whole", "cut"))
         assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_time_by_part_is_the_devices_and_adds_up(tiny, tmp_path):
+    train(CONFIG, tiny, tmp_path / "run", device="cuda:0")
+    lines = [line for line in read_log(log_path(tmp_path / "run", range(4))) if "step" in line]
+    assert all(seconds >= 0 for line in lines for seconds in line["parts_s"].values())
+    assert 0.5 * lines[-1]["wall_s"] < sum(sum(line["parts_s"].values()) for line in lines) <= lines[-1]["wall_s"] + 0.01
+    assert all(0 < line["bytes"] <= line["peak_bytes"] for line in lines)
+
+
+def test_a_value_that_is_not_finite_stops_it_and_its_step_is_named(tiny, tmp_path, monkeypatch):
+    step = group.Group._step
+
+    def planted(self, rows, want_loss):
+        if self.step == 12:
+            self.packed.parameters["head.weight"][2, 0, 0] = float("nan")
+        return step(self, rows, want_loss)
+
+    monkeypatch.setattr(group.Group, "_step", planted)
+    with pytest.raises(ModelError, match=r"^repetition 2: the loss or a gradient is not finite after step 13 of 200 "):
+        train(CONFIG, tiny, tmp_path / "run", device="cuda:0")

@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mach.compare.rows import Row, percent, plain, scaled
+from mach.draw import INK, LINE, MUTED, PALETTE
 
-# Okabe and Ito's palette, told apart with every common colour blindness; a full head is grey, the line to beat.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-FULL, INK, MUTED, LINE, CARD = "#6f7781", "#1b1f24", "#59616b", "#d8dde3", "#fefefe"
+FULL, CARD = "#6f7781", "#fefefe"  # a full head is grey, the line to beat
 COLOURS = {colour: f"var(--c{i})" for i, colour in enumerate(PALETTE)} | {
     FULL: "var(--full)", INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", CARD: "var(--card)",
 }  # fmt: skip

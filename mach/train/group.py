@@ -88,12 +88,14 @@ def _train_group(job: Job, stop: Stop) -> Left | None:
         keeps_best = run.config.patience > 0
         for record in group.steps(lambda r: _keep_best(group, r, best[r]) if keeps_best else None):
             log.write(record)
-            if (stop.asked or time.monotonic() - keeper.tried >= job.checkpoint_s) and not group.done:
+            if group.done:
+                break
+            is_asked = stop.asked  # once: it may change at any moment
+            if is_asked or time.monotonic() - keeper.tried >= job.checkpoint_s:
                 keeper.write()
-            if stop.asked and not group.done:
+            if is_asked:
                 log.write_event("stopped", by=stop.name, kept_step=keeper.step)
                 return Left(group.repetitions, keeper.step, group.n_steps, group.step - keeper.step)
-        group.refuse_what_is_not_finite()
         if len(group.repetitions) > 1:  # stopped while storing them, all end as one group still
             keeper.write()
         _finish(run, group, best, log.seconds)
@@ -158,9 +160,7 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
 
 def _keep_best(group: Group, r: int, path: Path) -> None:
     group.clock.lap("validation")
-    parameters = group.packed.repetition(r)
-    group.refuse_what_is_not_finite(parameters)
-    write_checkpoint(path, parameters, {"step": group.step})
+    write_checkpoint(path, group.packed.repetition(r), {"step": group.step})
     group.clock.lap("checkpoint")
 
 

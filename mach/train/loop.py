@@ -6,7 +6,7 @@ Axes: N samples, R repetitions of the group, B buckets, D hidden width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,10 +129,10 @@ class Group:
         total = self.packed.parameters["input.bias"].detach().sum(1, dtype=torch.float64)
         return total if loss is None else total + loss
 
-    def refuse_what_is_not_finite(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Raise ModelError unless some tensors, or all that a checkpoint must hold, are finite. One pass over their memory."""
+    def refuse_what_is_not_finite(self) -> None:
+        """Raise ModelError unless everything that a checkpoint must hold is finite. One pass over its memory."""
         self.finite.settle()
-        bad = [name for name, value in (tensors or self.tensors()).items() if not is_finite(value)]
+        bad = [name for name, value in self.tensors().items() if not is_finite(value)]
         if bad:
             self.finite.refuse(self.repetitions, ", ".join(bad))
 

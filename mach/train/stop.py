@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from mach.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 ONE_REQUEST_S = 0.25  # signals closer together are one: launchers send them to a process and to its group
 LOOK_S = 0.1  # between looks for the file
 
@@ -21,20 +20,21 @@ LOOK_S = 0.1  # between looks for the file
 class Stop:
     """Notice a request to stop while the block runs: SIGTERM, Ctrl-C, or that `file` exists.
 
-    The first signal is noted, and makes the file, so that whoever else watches it stops, too; the second raises Stopped at once.
+    The first signal is noted, and makes the file, which names it, so that whoever else watches it stops, too; the second raises
+    Stopped at once.
     Handlers are set in the main thread only, not for signals that are ignored, and what was set before is put back.
     """
 
     def __init__(self, file: Path):
         self.file = file
-        self.signal: int | None = None  # the first
-        self.is_urgent = False  # a second has come
-        self._since, self._looked, self._found, self._made = 0.0, 0.0, False, False
+        self.name = ""  # of what asked, as people write it
+        self.is_urgent = False  # a second signal has come
+        self._since, self._looked, self._made = 0.0, 0.0, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in NAMES:
                 before = signal.getsignal(number)
                 if before is not None and before is not signal.SIG_IGN:
                     self._before[number] = before
@@ -49,26 +49,23 @@ class Stop:
     @property
     def asked(self) -> bool:
         """Tell whether somebody asked to stop. It looks for the file ten times a second at most."""
-        if self.signal is None and not self._found and time.monotonic() - self._looked >= LOOK_S:
-            self._found, self._since, self._looked = os.path.exists(self.file), time.monotonic(), time.monotonic()
-        return self.signal is not None or self._found
-
-    @property
-    def name(self) -> str:
-        """Give what asked, as people write it."""
-        return "request" if self.signal is None else "Ctrl-C" if self.signal == signal.SIGINT else "SIGTERM"
+        if not self.name and time.monotonic() - self._looked >= LOOK_S:
+            self._since = self._looked = time.monotonic()
+            with suppress(OSError, ValueError):
+                self.name = self.file.read_text(encoding="utf-8")[:80].strip() or "request"
+        return bool(self.name)
 
     @property
     def status(self) -> int:
         """Give the exit status of a graceful stop: 130 after Ctrl-C, 0 otherwise."""
-        return 128 + signal.SIGINT if self.signal == signal.SIGINT else 0
+        return 128 + signal.SIGINT if self.name == NAMES[signal.SIGINT] else 0
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self.asked:
-            self.signal, self._since = number, time.monotonic()
-            with suppress(OSError):
-                self.file.touch(exist_ok=False)
+            self.name, self._since = NAMES[number], time.monotonic()
+            with suppress(OSError), open(self.file, "x", encoding="utf-8") as file:
                 self._made = True
+                file.write(self.name)
         elif time.monotonic() - self._since >= ONE_REQUEST_S:
             self.is_urgent = True
             self._put_back()

@@ -117,7 +117,9 @@ def test_a_log_that_is_rotated_is_followed_to_its_end_and_on(tmp_path, shown, mo
         put(log, STEP | {"step": 6})
         watch._show_new()
         put(log, STEP | {"step": 7})
-    assert seen == [4, 5, 6, 7]
+        log.rename(tmp_path / "log.jsonl.1")
+        put(log, STEP | {"step": 8})
+    assert seen == [4, 5, 6, 7, 8]
 
 
 def test_what_a_group_warns_of_is_shown(tmp_path, capsys):

@@ -19,6 +19,7 @@ from mach.store import Run
 from mach.train.checkpoint import checkpoint_path, read_progress
 from mach.train.log import log_path, read_log
 from mach.train.loop import Group
+from mach.train.stop import Stop
 
 CONFIG = Config(buckets=13, repetitions=4, hidden=9, layers=1, dropout=0.3, batch_size=10, epochs=100)  # 2,000 steps
 LONG = CONFIG.replace(epochs=100_000)
@@ -127,3 +128,20 @@ def test_a_file_can_ask_too_and_no_thread_needs_signals(tiny, tmp_path):
     thread.join(60)
     assert raised[0].status == 0 and (tmp_path / "stop").exists()
     assert read_progress(checkpoint_path(tmp_path / "run", [0, 1, 2, 3]))["step"] > 0
+
+
+def test_a_wish_at_any_moment_within_a_step_loses_nothing(tiny, tmp_path, monkeypatch):
+    """It may come between looking whether a checkpoint is due and looking whether to stop."""
+    for n in range(1, 9):
+        looks = []
+
+        def asked(_, looks=looks, n=n):
+            looks.append(1)
+            return len(looks) >= n
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+            patch.setattr(Stop, "asked", property(asked))
+            train(CONFIG, tiny, tmp_path / str(n))
+        assert "without room" not in str(caught.value)
+        file = checkpoint_path(tmp_path / str(n), [0, 1, 2, 3])
+        assert not file.exists() if n == 1 else f"at step {read_progress(file)['step']} of" in str(caught.value)

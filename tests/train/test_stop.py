@@ -42,7 +42,8 @@ def test_a_signal_is_noted_and_passed_on_by_the_file(tmp_path, number, name, sta
         os.kill(os.getpid(), number)
         now[0] += 0.11
         assert stop.asked and elsewhere.asked
-        assert (stop.name, stop.status, stop.is_urgent) == (name, status, False)
+        for each in (stop, elsewhere):
+            assert (each.name, each.status, each.is_urgent) == (name, status, False)
 
 
 def test_the_file_asks_whoever_looks(tmp_path, now):
