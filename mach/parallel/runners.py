@@ -25,7 +25,7 @@ from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
 from mach.train.checkpoint import FOLDER, best_path, checkpoint_path, leftover_checkpoints, read_progress, split_checkpoint
 from mach.train.group import Job, Left, train_group
-from mach.train.log import append_event, log_path
+from mach.train.log import append_warning, log_path
 from mach.train.stop import Stop, leave_interrupts_to_the_parent
 
 CHECKPOINT_S = 120.0
@@ -163,7 +163,9 @@ def _too_large(job: Job) -> TooLarge:
     if len(job.repetitions) > 1:
         names = " and ".join(format_repetitions(half.repetitions) for half in _halves(job))
         text = f"repetitions {format_repetitions(job.repetitions)} do not fit the memory together: {names} go on apart"
-        append_event(log_path(job.run, job.repetitions), "warning", text=text)
+        path = checkpoint_path(job.run, job.repetitions)
+        at_step = int(read_progress(path)["step"]) if path.exists() else 0
+        append_warning(log_path(job.run, job.repetitions), text, at_step=at_step)
     return TooLarge()
 
 

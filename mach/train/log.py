@@ -48,11 +48,12 @@ def _rotated(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
-def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Add an event to a log that no group is writing."""
+def append_warning(path: Path, text: str, *, at_step: int) -> None:
+    """Add a warning to a log that no group is writing."""
     path.parent.mkdir(exist_ok=True)  # a group may end before its first line
+    fields = {"event": "warning", "at_step": at_step, "text": text, "time": round(time.time(), 1)}
     with open(path, "ab") as file:
-        file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
+        file.write(json.dumps(fields).encode() + b"\n")
 
 
 class Log:

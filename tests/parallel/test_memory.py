@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from mach.config import Config
 from mach.errors import ModelError
+from mach.inspect.history import histories
+from mach.inspect.show import show
 from mach.model import Sizes
 from mach.parallel import memory, runners, train
 from mach.parallel.memory import free_memory, group_bytes, group_size, is_out_of_memory
@@ -103,8 +105,10 @@ def test_a_group_that_does_not_fit_goes_on_in_smaller_ones(tiny, tmp_path, monke
         whole, cut = (load_file(Run.open(tmp_path / name).weights_path(r)) for name in ("whole", "run"))
         for name in whole:
             torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-5)
-    (warning,) = [line["text"] for line in read_log(log_path(tmp_path / "run", [0, 1, 2, 3])) if line.get("event") == "warning"]
-    assert warning == "repetitions 0-3 do not fit the memory together: 0-1 and 2-3 go on apart"
+    (warning,) = [line for line in read_log(log_path(tmp_path / "run", [0, 1, 2, 3])) if line.get("event") == "warning"]
+    assert warning["text"] == "repetitions 0-3 do not fit the memory together: 0-1 and 2-3 go on apart"
+    assert warning["at_step"] == at_step
+    assert any("0-1 and 2-3 go on apart" in line for history in histories(tmp_path / "run") for line in show(history))
 
 
 def test_a_group_is_cut_no_more_than_needed(tiny, tmp_path, monkeypatch):
