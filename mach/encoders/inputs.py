@@ -156,7 +156,7 @@ class SparseInput:
 
         Where features are hashed, rows are those of the weight seen as (F R, 1, D).
         """
-        grad = self.by_bag(grad_NRD)
+        grad = self.by_bag(grad_NRD.to(self.weight.dtype))
         shape, grad = grad.shape[1:], grad.flatten(1)
         block = max(1, GRADIENT_BYTES[grad.device.type] // (grad.shape[1] * grad.element_size()))
         for u in range(0, len(batch.features), block):
@@ -179,7 +179,7 @@ class DenseInput:
 
     def gradient(self, batch: DenseBatch, grad_NRD: Tensor) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Yield (None: every row, the gradient (F, R, D)) once."""
-        yield None, (batch.values.T @ grad_NRD.flatten(1)).view_as(self.weight)
+        yield None, (batch.values.T @ grad_NRD.to(self.weight.dtype).flatten(1)).view_as(self.weight)
 
 
 Input = SparseInput | DenseInput

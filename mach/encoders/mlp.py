@@ -48,9 +48,9 @@ class MLP:
         return hidden.to(products), kept
 
     def backward(self, kept: list[Tensor], grad_RND: Tensor, drop: Dropout | None, update: Update) -> Tensor:
-        """Give the gradient of z (N, R, D) from that of the hidden vectors, which is overwritten, and update what lies between.
+        """Give the gradient of z (N, R, D), in the type of the products, and update what lies between.
 
-        An entry above zero was neither cut off by a ReLU nor dropped.
+        The gradient of the hidden vectors is overwritten. An entry above zero was neither cut off by a ReLU nor dropped.
         """
         scale = 1.0 if drop is None else drop.scale
         for i in reversed(range(len(self.layers))):
@@ -60,9 +60,10 @@ class MLP:
             grad_RND += torch.bmm(grad_low, self.layers[i][0].to(low.dtype).transpose(1, 2))
             update(f"layers.{i}.weight", slice(None), torch.bmm(low.transpose(1, 2), grad_low), None)
             update(f"layers.{i}.bias", slice(None), grad_step.sum(1), None)
-        grad_bias = self._first_backward(kept[0], grad_RND, scale)
+        products = kept[1].dtype if self.layers else kept[0].dtype
+        grad_z, grad_bias = self._first_backward(kept[0], grad_RND, scale, products)
         update("input.bias", slice(None), grad_bias, None)
-        return grad_RND.transpose(0, 1)
+        return grad_z.transpose(0, 1)
 
     def _first(self, z_NRD: Tensor, drop: Dropout | None, dtype: torch.dtype) -> Tensor:
         """Give relu(z + b), some dropped: (R, N, D), contiguous, in the type asked for."""
@@ -80,18 +81,19 @@ class MLP:
         return hidden
 
     @staticmethod
-    def _first_backward(hidden_RND: Tensor, grad_RND: Tensor, scale: float) -> Tensor:
-        """Turn the gradient of what `_first` gave into that of z + b, in place; give its sum over the samples."""
+    def _first_backward(hidden_RND: Tensor, grad_RND: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Turn the gradient of what `_first` gave into that of z + b, of the type asked for, and its sum over the samples."""
         if grad_RND.device.type != "cpu":
             grad_RND.mul_(hidden_RND > 0).mul_(scale)
-            return grad_RND.sum(1)
+            return grad_RND.to(dtype), grad_RND.sum(1)
         R, _, D = grad_RND.shape
         grad_bias = torch.zeros(R, D, dtype=grad_RND.dtype)
-        arrays = [array_of(x) for x in (hidden_RND, grad_RND, grad_bias)]
+        low = torch.empty(grad_RND.shape if dtype != grad_RND.dtype else (0, 0, 0), dtype=dtype)
+        arrays = [array_of(x) for x in (hidden_RND, grad_RND, low, grad_bias)]
         number = arrays[1].dtype.type(scale)
         kernel = _first_backward_low if hidden_RND.dtype == torch.bfloat16 else _first_backward
         in_threads(kernel, [(*arrays, number, r) for r in range(R)], torch.get_num_threads())
-        return grad_bias
+        return low if len(low) else grad_RND, grad_bias
 
 
 @jit_ieee
@@ -127,24 +129,31 @@ def _first_low(
 
 
 @jit_ieee
-def _first_backward(hidden_RND: np.ndarray, grad_RND: np.ndarray, grad_bias_RD: np.ndarray, scale: float, r: int) -> None:
+def _first_backward(
+    hidden_RND: np.ndarray, grad_RND: np.ndarray, low_RND: np.ndarray, grad_bias_RD: np.ndarray, scale: float, r: int
+) -> None:
     _, N, D = grad_RND.shape
     total = grad_bias_RD[r]
     for n in range(N):
         grad, hidden = grad_RND[r, n], hidden_RND[r, n]
         for d in range(D):
             grad[d] = grad[d] * scale if hidden[d] > 0 else 0
-        for d in range(D):
             total[d] += grad[d]
+        if len(low_RND):
+            low = low_RND[r, n]
+            for d in range(D):
+                low[d] = bits_of(np.float32(grad[d]))
 
 
 @jit_ieee
-def _first_backward_low(hidden_RND: np.ndarray, grad_RND: np.ndarray, grad_bias_RD: np.ndarray, scale: float, r: int) -> None:
+def _first_backward_low(
+    hidden_RND: np.ndarray, grad_RND: np.ndarray, low_RND: np.ndarray, grad_bias_RD: np.ndarray, scale: float, r: int
+) -> None:
     _, N, D = grad_RND.shape
     total = grad_bias_RD[r]
     for n in range(N):
-        grad, hidden = grad_RND[r, n], hidden_RND[r, n]
+        grad, hidden, low = grad_RND[r, n], hidden_RND[r, n], low_RND[r, n]
         for d in range(D):
-            grad[d] = grad[d] * scale if float_of(hidden[d]) > 0 else np.float32(0)
-        for d in range(D):
-            total[d] += grad[d]
+            kept = grad[d] * scale if float_of(hidden[d]) > 0 else np.float32(0)
+            total[d] += kept
+            low[d] = bits_of(kept)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mach.encoders import SparseBatch
-from mach.kernels import in_threads, jit_sums
+from mach.kernels import array_of, float_of, in_threads, jit_sums
 
 TASKS = 8  # a thread, so that none waits long for the last
 
@@ -21,7 +21,7 @@ def update_rows_of(
     weight_FRD: Tensor, second_FR: Tensor, batch: SparseBatch, grad_NRD: Tensor, *, rate: float, beta: float, correction: float,
     epsilon: float,
 ) -> None:  # fmt: skip
-    """Update the rows that a batch touches, in place, from the gradient of z, on the CPU.
+    """Update the rows that a batch touches, in place, from the gradient of z (float or bfloat16), on the CPU.
 
     g = sum over the feature's samples of value times gradient;  v <- beta v + (1 - beta) mean_d g^2;
     w <- w - rate g / (sqrt(v / correction) + epsilon).  The same bits for any number of threads.
@@ -33,8 +33,25 @@ def update_rows_of(
     dtype = weight_FRD.numpy().dtype.type
     numbers = dtype(rate), dtype(1 - beta), dtype(1 / correction), dtype(epsilon)
     arrays = (batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_NRD.transpose(0, 1))
-    shared = weight_FRD.numpy(), second_FR.numpy(), *(x.contiguous().numpy() for x in arrays)
-    in_threads(_update, [(*shared, *numbers, int(a), int(b)) for a, b in itertools.pairwise(cuts)], n_threads)
+    shared = weight_FRD.numpy(), second_FR.numpy(), *(array_of(x.contiguous()) for x in arrays)
+    kernel = _update_low if grad_NRD.dtype == torch.bfloat16 else _update
+    in_threads(kernel, [(*shared, *numbers, int(a), int(b)) for a, b in itertools.pairwise(cuts)], n_threads)
+
+
+@jit_sums
+def _adam(
+    row_D: np.ndarray, second_FR: np.ndarray, f: int, r: int, gradient_D: np.ndarray,
+    rate: float, share: float, inverse: float, epsilon: float,
+) -> None:  # fmt: skip
+    """Take one row's step, all its weights by one size."""
+    square = gradient_D[0] * 0
+    for j in range(len(gradient_D)):
+        square += gradient_D[j] * gradient_D[j]
+    second = second_FR[f, r] + share * (square / len(gradient_D) - second_FR[f, r])
+    second_FR[f, r] = second
+    scale = rate / (np.sqrt(second * inverse) + epsilon)
+    for j in range(len(row_D)):
+        row_D[j] -= scale * gradient_D[j]
 
 
 @jit_sums
@@ -63,12 +80,33 @@ def _update(
                 for j in range(D):
                     sums[j] += a * one[j]
                 i += 1
-            square = sums[0] * 0
-            for j in range(D):
-                square += sums[j] * sums[j]
-            second = second_FR[f, r] + share * (square / D - second_FR[f, r])
-            second_FR[f, r] = second
-            scale = rate / (np.sqrt(second * inverse) + epsilon)
-            row = weight_FRD[f, r]
-            for j in range(D):
-                row[j] -= scale * sums[j]
+            _adam(weight_FRD[f, r], second_FR, f, r, sums, rate, share, inverse, epsilon)
+
+
+@jit_sums
+def _update_low(
+    weight_FRD: np.ndarray, second_FR: np.ndarray,
+    features: np.ndarray, offsets: np.ndarray, samples: np.ndarray, values: np.ndarray, grad_RND: np.ndarray,
+    rate: float, share: float, inverse: float, epsilon: float, first: int, last: int,
+) -> None:  # fmt: skip
+    """Do as `_update` does, with a gradient in bfloat16: half the memory to read, for each entry of the batch anew."""
+    _, R, D = weight_FRD.shape
+    sums = np.empty(D, weight_FRD.dtype)
+    for u in range(first, last):
+        f, begin, end = features[u], offsets[u], offsets[u + 1]
+        for r in range(R):
+            sums[:] = 0
+            i = begin
+            while i + 4 <= end:
+                a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
+                one, two = grad_RND[r, samples[i]], grad_RND[r, samples[i + 1]]
+                three, four = grad_RND[r, samples[i + 2]], grad_RND[r, samples[i + 3]]
+                for j in range(D):
+                    sums[j] += a * float_of(one[j]) + b * float_of(two[j]) + c * float_of(three[j]) + d * float_of(four[j])
+                i += 4
+            while i < end:
+                a, one = values[i], grad_RND[r, samples[i]]
+                for j in range(D):
+                    sums[j] += a * float_of(one[j])
+                i += 1
+            _adam(weight_FRD[f, r], second_FR, f, r, sums, rate, share, inverse, epsilon)

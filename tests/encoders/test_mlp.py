@@ -98,7 +98,7 @@ def test_products_in_bfloat16_err_by_its_rounding_only(n_layers):
     for products in (torch.float32, torch.bfloat16):
         hidden, kept = MLP(p).learn(z.float(), dropout(0.3), products)
         assert hidden.dtype == products
-        found.append((hidden.float(), MLP(p).backward(kept, grad.float(), dropout(0.3), lambda *_: None)))
+        found.append((hidden.float(), MLP(p).backward(kept, grad.float(), dropout(0.3), lambda *_: None).float()))
     for truth, low in zip(*found, strict=True):
         torch.testing.assert_close(low, truth, rtol=0.02, atol=0.02 * float(truth.abs().max()))
 

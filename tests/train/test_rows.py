@@ -103,3 +103,19 @@ def test_dense_features_are_updated_by_the_same_formula():
         optimizer.update_input(kind(weight), make_batch(features, normalize=False, device=CPU, dtype=torch.float64), grad)
         found.append(weight)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_a_gradient_in_bfloat16_is_taken_as_it_is(problem):
+    csr, weight, rng = problem
+    low = torch.from_numpy(rng.normal(size=(len(csr), *weight.shape[1:]))).bfloat16()
+    found = []
+    for grad in (low, low.float()):
+        mine = weight.float().clone()
+        optimizer = Optimizer({"input.weight": mine}, weight_decay=0.0, row_wise="input.weight")
+        optimizer.begin_step(rate=9.9, row_rate=0.1)
+        optimizer.update_input(SparseInput(mine), make_batch(csr, normalize=False, device=CPU), grad)
+        found.append((mine, optimizer.state["input.weight.second"]))
+    for one, truth in zip(*found, strict=True):
+        torch.testing.assert_close(one, truth, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,155 @@
+"""What a training step costs: packed repetitions against a plain torch loop and against one process a repetition.
+
+    python experiments/speed/steps.py DATA [DATA ...] --out runs/speed [--steps 60]
+
+DATA are folders of XC-repository text. R = 8, B = 1,024, D = 512, batches of 256, each way in fresh processes, best of three
+rounds that take turns. Prints samples x repetitions a second, the seconds of a step by part, and what share of a step its matrix
+products would take alone, at the rate of bare products of the same shapes in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mach
+from mach.compare.rows import this_machine
+from mach.config import Config
+from mach.data import take, take_rows
+from mach.hashing import LabelTable
+from mach.store.folder import sizes_of, table_of
+from mach.train.loop import Group
+
+R, WARM_UP, ROUNDS = 8, 8, 3
+CPU = torch.device("cpu")
+CONFIG = Config(buckets=1024, repetitions=R)
+
+
+def packed_s(
+    data: str, repetitions: tuple[int, ...], precision: str, n_threads: int, n_steps: int
+) -> tuple[float, dict[str, float]]:
+    """Train packed repetitions; give the seconds of a step, all and by part."""
+    torch.set_num_threads(n_threads)
+    dataset, config = mach.Dataset.open(data), CONFIG.replace(precision=precision)
+    sizes = sizes_of(config, dataset)
+    group = Group(config, dataset, sizes, table_of(config, sizes, repetitions, dataset.label_names), CPU)
+    steps = group.steps(lambda r: None)
+    for _ in range(WARM_UP):
+        next(steps)
+    group.clock.read()
+    began = time.perf_counter()
+    for _ in range(n_steps):
+        next(steps)
+    seconds = (time.perf_counter() - began) / n_steps
+    return seconds, {part: s / n_steps for part, s in group.clock.read().items()}
+
+
+def plain_s(data: str, n_threads: int, n_steps: int) -> float:
+    """Train one repetition with EmbeddingBag, dense targets and Adam over everything; give the seconds of a step."""
+    torch.set_num_threads(n_threads)
+    dataset = mach.Dataset.open(data)
+    split, D = dataset.split("train"), CONFIG.hidden
+    table = torch.from_numpy(LabelTable.hashed(dataset.n_labels, 1024, 1).array()[0].astype(np.int64))
+    bag = torch.nn.EmbeddingBag(dataset.n_features, D, mode="sum")
+    rest = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Dropout(CONFIG.dropout), torch.nn.Linear(D, 1024))
+    optimizer = torch.optim.Adam([*bag.parameters(), *rest.parameters()], lr=1e-3)
+    order = np.random.default_rng(0).permutation(split.n_samples)
+
+    def step(i: int) -> None:
+        rows = order[i * CONFIG.batch_size : (i + 1) * CONFIG.batch_size]
+        X, Y = take(split.features, rows), take_rows(split.labels, rows)
+        targets = torch.zeros(len(rows), 1024)
+        samples = torch.from_numpy(np.repeat(np.arange(len(rows)), np.diff(Y.indptr)))
+        targets[samples, table[torch.from_numpy(Y.indices.astype(np.int64))]] = 1
+        indices, offsets, values = (torch.from_numpy(x) for x in (X.indices.astype(np.int64), X.indptr[:-1], X.values))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            rest(bag(indices, offsets, per_sample_weights=values)), targets, reduction="sum"
+        )
+        optimizer.zero_grad()
+        (loss / len(rows)).backward()
+        optimizer.step()
+
+    for i in range(WARM_UP):
+        step(i)
+    began = time.perf_counter()
+    for i in range(n_steps):
+        step(WARM_UP + i)
+    return (time.perf_counter() - began) / n_steps
+
+
+def products_s(dtype: torch.dtype, n_threads: int) -> float:
+    """Time the three products of a step alone, R of each in one call; give their seconds."""
+    torch.set_num_threads(n_threads)
+    N, B, D = CONFIG.batch_size, 1024, CONFIG.hidden
+    hidden, weight, z = (torch.randn(shape).to(dtype) for shape in ((R, N, D), (R, B, D), (R, N, B)))
+    gradient = torch.empty_like(weight)
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        torch.bmm(hidden, weight.transpose(1, 2), out=z)
+        torch.bmm(z, weight)
+        torch.bmm(z.transpose(1, 2), hidden, out=gradient)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def in_fresh_processes(n: int, function: Any, *args: Any) -> list[Any]:
+    """Call a function in n processes at once, each new."""
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(function, *args) for _ in range(n)]]
+
+
+def measure(data: str, n_steps: int) -> None:
+    """Print the rows of one data set."""
+    n_threads, name = torch.get_num_threads(), Path(data).parent.name
+    best: dict[str, float] = {}
+    parts: dict[str, dict[str, float]] = {}
+
+    def note(way: str, rate: float) -> bool:
+        is_better = rate > best.get(way, 0.0)
+        best[way] = max(rate, best.get(way, 0.0))
+        return is_better
+
+    for _ in range(ROUNDS):
+        (plain,) = in_fresh_processes(1, plain_s, data, n_threads, n_steps)
+        note("plain torch loop, a repetition after the other", CONFIG.batch_size / plain)
+        alone = in_fresh_processes(n_threads, packed_s, data, (0,), "auto", 1, n_steps)
+        note(f"a process a repetition, {n_threads} at a time", sum(CONFIG.batch_size / seconds for seconds, _ in alone))
+        for precision in ("float32", "bfloat16"):
+            ((seconds, by_part),) = in_fresh_processes(1, packed_s, data, tuple(range(R)), precision, n_threads, n_steps)
+            if note(f"packed, {precision}", R * CONFIG.batch_size / seconds):
+                parts[precision] = by_part
+    first = next(iter(best.values()))
+    print(f"\n## {name}\n\n| way | samples x repetitions / s | against the plain loop |\n|---|---|---|")
+    for way, rate in best.items():
+        print(f"| {way} | {rate:,.0f} | {rate / first:.1f} |")
+    print("\n| products in | step, ms | bare products, ms | their share of the step | ms by part |\n|---|---|---|---|---|")
+    for precision, by_part in parts.items():
+        bare, seconds = products_s(getattr(torch, precision), n_threads), R * CONFIG.batch_size / best[f"packed, {precision}"]
+        flops = 3 * 2 * R * CONFIG.batch_size * 1024 * CONFIG.hidden
+        listed = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in sorted(by_part.items(), key=lambda item: -item[1]) if s > 1e-4)
+        cells = precision, f"{1e3 * seconds:.1f}", f"{1e3 * bare:.1f} ({rate})", f"{bare / seconds:.0%}", listed
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    args = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
+    for source in args.data:
+        dataset = mach.prepare(source, args.out / source.name / "data")
+        measure(str(dataset.path), args.steps)
+
+
+if __name__ == "__main__":
+    main()
