@@ -484,7 +484,7 @@ def test_inspect(works, run, tmp_path):
     assert lines[0] == f"{run}: hashed table, 40 labels, 13 buckets, 50 features"
     assert "buckets=13, repetitions=2, seed=0, hidden=8" in lines[1]
     assert all(re.fullmatch(rf"repetition {r}: 525 parameters, \d+\.\d s of training", lines[2 + r]) for r in (0, 1))
-    assert re.fullmatch(r"group-0-1: finished, \d+\.\d s, [\d,]+ samples/s, \d+ MB of memory at most", lines[4])
+    assert re.fullmatch(r"group-0-1: finished, \d+\.\d s, [\d,]+ samples/s, [\d.]+ [MG]B of memory at most", lines[4])
     assert re.fullmatch(r"  loss +\d+\.\d{3} [▁▂▃▄▅▆▇█]+ \d+\.\d{3}", lines[5])
     parts = {line.split()[0] for line in lines[7:]}
     steps = {"forward", "head", "update", "backward", "rows"}

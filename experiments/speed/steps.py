@@ -133,7 +133,7 @@ def measure(data: str, n_steps: int) -> None:
     print("\n| products in | step, ms | bare products, ms | their share of the step | ms by part |\n|---|---|---|---|---|")
     for precision, by_part in parts.items():
         bare, seconds = products_s(getattr(torch, precision), n_threads), R * CONFIG.batch_size / best[f"packed, {precision}"]
-        flops = 3 * 2 * R * CONFIG.batch_size * 1024 * CONFIG.hidden
+        rate = f"{3 * 2 * R * CONFIG.batch_size * 1024 * CONFIG.hidden / bare / 1e9:.0f} GFLOP/s"
         listed = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in sorted(by_part.items(), key=lambda item: -item[1]) if s > 1e-4)
         cells = precision, f"{1e3 * seconds:.1f}", f"{1e3 * bare:.1f} ({rate})", f"{bare / seconds:.0%}", listed
         print(f"| {' | '.join(cells)} |")

@@ -32,6 +32,7 @@ from mach.train.schedule import order_of, rate_at, seed_of
 
 LOSS_EVERY = 20  # steps
 VALIDATION_SAMPLES = 2000
+HELD_OUT = -1  # the epoch whose order says which samples are held out: the first ones
 VALIDATION_KS = (1, 3, 5)
 
 
@@ -83,7 +84,7 @@ class Group:
         self.repetitions = table.repetitions
         self.feature_buckets = feature_buckets(config, sizes, self.repetitions)
         self.train = dataset.split("train")
-        self.rows, self.held_out = _rows(config, dataset)
+        self.n_samples, self.n_held, self.held_out = _held_out(config, dataset)
         self.n_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]
@@ -96,7 +97,7 @@ class Group:
     @property
     def steps_per_epoch(self) -> int:
         """Give the number of batches that visit every sample once."""
-        return -(-len(self.rows) // self.config.batch_size)
+        return -(-self.n_samples // self.config.batch_size)
 
     @property
     def done(self) -> bool:
@@ -140,8 +141,15 @@ class Group:
         """Give the rows of each batch still to come: a function of the seed and the step."""
         size, (epoch, place) = self.config.batch_size, divmod(self.step, self.steps_per_epoch)
         for e in range(epoch, self.config.epochs):
-            order = self.rows[order_of(len(self.rows), self.config.seed, e)]
-            yield from (order[i * size : (i + 1) * size] for i in range(place if e == epoch else 0, self.steps_per_epoch))
+            for i in range(place if e == epoch else 0, self.steps_per_epoch):
+                yield self.rows_at(e, np.arange(i * size, min((i + 1) * size, self.n_samples)))
+
+    def rows_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Give the rows of the train split that an epoch visits at some places; those held out for validation never come."""
+        rows = order_of(self.n_samples, self.config.seed, epoch, places)
+        if self.n_held:
+            rows = order_of(self.n_samples + self.n_held, self.config.seed, HELD_OUT, self.n_held + rows)
+        return rows
 
     def _prepare(self, rows: np.ndarray) -> Ready:
         """Read the samples `rows` and bring them to the device."""
@@ -251,22 +259,24 @@ class Group:
                 standing.stopped = 0 < self.config.patience <= standing.epochs_since
 
 
-def _rows(config: Config, dataset: Dataset) -> tuple[np.ndarray, tuple[Any, CSR] | None]:
-    """Give the training rows, and the features and labels of validation samples: of the dev split, or held out, or none.
+def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CSR] | None]:
+    """Give how many training samples there are to visit, how many of the train split are held out, and validation samples.
+
+    These are features and labels of the dev split, or of what is held out, or None; at most VALIDATION_SAMPLES.
 
     Raises: DataError if there is nothing to train on, or early stopping has nothing to go by.
     """
-    split = dataset.split("train")
-    rows, seed = np.arange(split.n_samples), config.seed
+    split, n_held = dataset.split("train"), 0
+    n_samples = split.n_samples
     if "dev" in dataset.split_names and dataset.split("dev").n_samples:
         split = dataset.split("dev")
-        held = np.sort(order_of(split.n_samples, seed, -1)[:VALIDATION_SAMPLES])
+        n_validation = split.n_samples
     else:
-        shuffled = order_of(len(rows), seed, -1)
-        n_held = round(config.validation * len(rows))
-        rows, held = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held][:VALIDATION_SAMPLES])
-    if not len(rows):
+        n_validation = n_held = round(config.validation * n_samples)
+        n_samples -= n_held
+    held = np.sort(order_of(split.n_samples, config.seed, HELD_OUT, np.arange(min(n_validation, VALIDATION_SAMPLES))))
+    if not n_samples:
         raise DataError(f"{dataset.path}: the train split has no samples to train on")
     if config.patience and not len(held):
         raise DataError(f"{dataset.path}: patience={config.patience} needs a dev split, or validation above 0")
-    return rows, (take(split.features, held), take_rows(split.labels, held)) if len(held) else None
+    return n_samples, n_held, (take(split.features, held), take_rows(split.labels, held)) if len(held) else None

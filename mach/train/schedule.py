@@ -7,6 +7,10 @@ import math
 
 import numpy as np
 
+from mach.kernels import jit
+
+ROUNDS = 8  # of the network that shuffles
+
 
 def rate_at(step: int, n_steps: int, warmup: float) -> float:
     """Give the share of the peak step size at `step` (from 0): a linear rise over `warmup`, then a cosine to 0.
@@ -25,6 +29,39 @@ def seed_of(*key: int | str) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def order_of(n_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Give the order in which an epoch visits the samples: a permutation of N, int64, from the seed and epoch alone."""
-    return np.random.default_rng(seed_of(seed, "order", epoch)).permutation(n_samples)
+def order_of(n_samples: int, seed: int, epoch: int, places: np.ndarray | None = None) -> np.ndarray:
+    """Give the samples that stand at some places, int64, of the order in which an epoch visits N samples (default: all places).
+
+    The order is a permutation from the seed and epoch alone, computed place by place: nothing of size N is held. It is a Feistel
+    network over the next even number of bits, walked until it falls below N.
+    Source: Luby & Rackoff 1988, SIAM J. Comput. 17; Black & Rogaway 2002, CT-RSA (walking within a smaller set).
+    """
+    keys = np.array([seed_of(seed, "order", epoch, i) for i in range(ROUNDS)], np.uint64)
+    half = max(1, -(-max(0, n_samples - 1).bit_length() // 2))
+    places = np.arange(n_samples) if places is None else np.asarray(places, np.int64)
+    samples = np.empty(len(places), np.int64)
+    _permute(places, np.uint64(n_samples), np.uint64(half), keys, samples)
+    return samples
+
+
+@jit
+def _permute(places: np.ndarray, n: np.uint64, half: np.uint64, keys: np.ndarray, samples: np.ndarray) -> None:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    for i in range(len(places)):
+        x = np.uint64(places[i])
+        while True:
+            left, right = x >> half, x & mask
+            for key in keys:
+                left, right = right, left ^ (_mix(right + key) & mask)
+            x = (left << half) | right
+            if x < n:
+                break
+        samples[i] = x
+
+
+@jit
+def _mix(x: np.uint64) -> np.uint64:
+    """Let every bit depend on every bit (Steele et al. 2014, OOPSLA: the finaliser of splitmix)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -233,12 +233,13 @@ def test_without_patience_nothing_stops(tiny, monkeypatch):
 def test_samples_are_held_out_where_there_is_no_dev_split(tiny, tmp_path):
     dataset = without_dev(tiny, tmp_path / "d")
     group = group_of(SMALL.replace(validation=0.25), dataset)
-    assert len(group.rows) == 150 and len(group.held_out[1]) == 50
+    assert (group.n_samples, group.n_held, len(group.held_out[1])) == (150, 50, 50)
     held = order_of(200, 0, -1)[:50]
-    assert sorted([*group.rows.tolist(), *held.tolist()]) == list(range(200))
+    for epoch in (0, 1):
+        assert sorted([*group.rows_at(epoch, np.arange(150)).tolist(), *held.tolist()]) == list(range(200))
     assert group_of(SMALL, dataset).held_out is None
     with_dev = group_of(SMALL.replace(validation=0.25), tiny)
-    assert len(with_dev.rows) == 200 and len(with_dev.held_out[1]) == 40
+    assert (with_dev.n_samples, with_dev.n_held, len(with_dev.held_out[1])) == (200, 0, 40)
 
 
 def test_a_large_dev_split_is_sampled(tmp_path):

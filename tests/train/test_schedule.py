@@ -61,7 +61,29 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 30
 
 
+@given(st.integers(1, 2**40), st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**40 - 1), max_size=5))
+def test_a_place_is_found_without_the_others(n_samples, seed, places):
+    places = np.unique([place % n_samples for place in places]).astype(np.int64)
+    found = order_of(n_samples, seed, 3, places)
+    assert len(set(found.tolist())) == len(places) and all(0 <= sample < n_samples for sample in found)
+    if n_samples <= 300:
+        assert found.tolist() == order_of(n_samples, seed, 3)[places].tolist()
+
+
+def test_every_sample_comes_anywhere_equally_often():
+    """Chi-squared of (place, sample) over many epochs, and of neighbours' distances: a shuffle, not a pattern."""
+    n, epochs = 13, 4000
+    orders = np.array([order_of(n, 0, epoch) for epoch in range(epochs)])
+    counts = np.array([np.bincount(orders[:, place], minlength=n) for place in range(n)])
+    expected = epochs / n
+    assert ((counts - expected) ** 2 / expected).sum() < 230  # 144 degrees of freedom: 99.9 % lie below 201
+    steps = np.bincount((np.diff(orders, axis=1) % n).ravel(), minlength=n)[1:]
+    expected = epochs * (n - 1) / (n - 1)
+    assert ((steps - expected) ** 2 / expected).sum() < 60
+
+
 def test_orders_are_frozen():
-    assert order_of(8, 0, 0).tolist() == [3, 0, 7, 1, 2, 4, 6, 5]
-    assert order_of(8, 0, 1).tolist() == [7, 3, 4, 6, 2, 1, 0, 5]
-    assert order_of(8, 7, -1).tolist() == [1, 2, 6, 7, 3, 4, 0, 5]
+    assert order_of(8, 0, 0).tolist() == [4, 3, 1, 0, 2, 5, 6, 7]
+    assert order_of(8, 0, 1).tolist() == [6, 2, 4, 3, 1, 0, 7, 5]
+    assert order_of(8, 7, -1).tolist() == [3, 6, 1, 2, 7, 0, 4, 5]
+    assert order_of(10**12, 7, 2, [0, 1, 10**12 - 1]).tolist() == [786674287977, 886361534045, 726503049187]
