@@ -7,7 +7,9 @@ moments a weight (R floats against 2 R D).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -68,10 +70,11 @@ class Optimizer:
 
     def update_input(self, layer: Input, batch: Any, grad_NRD: Tensor) -> None:
         """Update the input weight from the gradient of z on one batch."""
-        if isinstance(layer, SparseInput) and grad_NRD.device.type == "cpu":
+        visit = _visit_of(grad_NRD.device.type)
+        if isinstance(layer, SparseInput) and visit is not None:
             grad, correction = layer.by_bag(grad_NRD), 1 - BETAS[1] ** self.step
             weight, second = self._rows(*grad.shape[1:])
-            update_rows_of(
+            visit(
                 weight, second, batch, grad,
                 rate=self.row_rate, beta=BETAS[1], correction=correction, epsilon=EPSILON,
             )  # fmt: skip
@@ -99,3 +102,15 @@ class Optimizer:
         else:
             second[rows] = moment
             weight.index_add_(0, rows, change, alpha=-1)
+
+
+@cache
+def _visit_of(device: str) -> Callable[..., None] | None:
+    """Give what makes a row's gradient and updates it in one visit, on a GPU if Triton is there; else the two are done apart."""
+    if device == "cpu":
+        return update_rows_of
+    if find_spec("triton") is None:
+        return None
+    from mach.train import rows_triton
+
+    return rows_triton.update_rows_of

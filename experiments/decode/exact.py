@@ -1,0 +1,213 @@
+"""How much quicker is the certified search than the scan, and where does it stop to pay? Prints the tables of EXACT.md.
+
+python experiments/decode/exact.py compare   K = 670,091, R = 32, B = 10,000: search, scan, plain gather, reading the scores
+python experiments/decode/exact.py large     K = 50,000,000, B = 20,000: time and memory of a query
+python experiments/decode/exact.py grow      cost against K, R, B, k and flatness, drawn into exact.svg
+python experiments/decode/exact.py fit       the constants of mach/decoding/exact.py
+
+All on one core. Scores are made, not trained: `trained_like` tells how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.optimize import nnls
+
+from mach.config import Estimator
+from mach.decoding.estimators import bucket_scores
+from mach.decoding.exact import COSTS, exact_topk, first_depth
+from mach.decoding.scan import scan_topk
+from mach.hashing.table import LabelTable
+
+ONLY_SEARCH = COSTS._replace(scan=1e9, median=1e9)
+
+
+def trained_like(table: LabelTable, n_samples: int, *, flatness: float = 1.0, n_related: int = 200, seed: int = 0) -> np.ndarray:
+    """Make logits like those of sigmoid heads: 200 related labels of falling strength over a normal background.
+
+    The j-th related label has logit 3 - 1.6 ln j (more or less 0.5 a sample, 0.3 a label), seen by each repetition with noise of
+    0.7; labels that share a bucket add their odds. Background: mean -8, deviation 1.3. Flatness divides how far related labels
+    stand above the mean of the background, not the noise.
+    """
+    rng = np.random.default_rng(seed)
+    logits_NRB = rng.normal(-8, 1.3, (n_samples, table.n_repetitions, table.n_buckets)).astype(np.float32)
+    n_related = min(n_related, table.n_labels)
+    for n in range(n_samples):
+        labels = rng.integers(table.n_labels, size=n_related)
+        strengths = 11 + rng.normal(0, 0.5) - 1.6 * np.log(np.arange(1, n_related + 1)) + rng.normal(0, 0.3, n_related)
+        for r in range(table.n_repetitions):
+            seen = (strengths / flatness - 8 + rng.normal(0, 0.7, n_related)).astype(np.float32)
+            np.logaddexp.at(logits_NRB[n, r], table.buckets(labels, r), seen)
+    return logits_NRB
+
+
+def scores_of(table: LabelTable, n_samples: int, estimator: Estimator, **how: float) -> np.ndarray:
+    return bucket_scores(trained_like(table, n_samples, **how), loss="logistic", estimator=estimator)  # type: ignore[arg-type]
+
+
+def quickest(calls: list[Callable[[], object]], rounds: int = 5) -> list[float]:
+    """Call each in turn, several times, and give the shortest time of each, s; what is compared is timed in the same rounds."""
+    best = [np.inf] * len(calls)
+    for _ in range(rounds + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def gather(scores_RB: np.ndarray, table_RK: np.ndarray, k: int) -> np.ndarray:
+    """Do it plainly: K sums, gathered with an int64 table, then a partial sort."""
+    sums_K = scores_RB[0][table_RK[0]]
+    for r in range(1, len(table_RK)):
+        sums_K += scores_RB[r][table_RK[r]]
+    best = np.argpartition(-sums_K, k - 1)[:k]
+    return sums_K[best]
+
+
+def compare() -> None:
+    table, n_samples = LabelTable.hashed(670_091, 10_000, 32), 64
+    table_int64_RK = table.array().astype(np.int64)
+    print("| estimator | k | search, us | scan of 64 | scan of 1 | gather | reading | scanned | depth | touched | scored |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for estimator in ("mean", "logits", "log-probs", "min", "median"):
+        scores_NRB = scores_of(table, n_samples, estimator)
+        for k in (1, 5, 20, 100, 1000):
+            how = {"estimator": estimator, "n_threads": 1}
+            found, proof = exact_topk(scores_NRB, table, k, **how)
+            scanned = scan_topk(scores_NRB, table.array(), k, **how)
+            assert np.array_equal(found.labels, scanned.labels) and np.array_equal(found.scores, scanned.scores)
+            search_s, scan_s, one_s, gather_s, read_s = quickest(
+                [
+                    partial(exact_topk, scores_NRB, table, k, **how),
+                    partial(scan_topk, scores_NRB, table.array(), k, **how),
+                    partial(scan_topk, scores_NRB[:1], table.array(), k, **how),
+                    partial(gather, scores_NRB[0], table_int64_RK, k),
+                    scores_NRB.max,
+                ],
+                3,
+            )
+            each = search_s / n_samples
+            ratios = [scan_s / n_samples / each, one_s / each, gather_s / each, each / (read_s / n_samples)]
+            median = [int(np.median(x)) for x in (proof.depth, proof.n_touched, proof.n_scored)]
+            print(
+                f"| {estimator} | {k} | {each * 1e6:.0f} | {ratios[0]:.1f} x | {ratios[1]:.0f} x | "
+                f"{f'{ratios[2]:.0f} x' if estimator == 'logits' or estimator == 'mean' else ''} | {ratios[3]:.1f} | "
+                f"{proof.scanned.mean():.0%} | {median[0]} | {median[1]:,} | {median[2]} |",
+                flush=True,
+            )
+
+
+def large() -> None:
+    small = LabelTable.hashed(30_000, 20_000, 32)
+    exact_topk(scores_of(small, 1, "mean"), small, 5, estimator="mean", n_threads=1, costs=ONLY_SEARCH)  # compiled
+    table = LabelTable.hashed(50_000_000, 20_000, 32)
+    print("| estimator | k | ms a query | depth | labels touched | scored | peak MiB, all |\n|---|--:|--:|--:|--:|--:|--:|")
+    for estimator in ("mean", "logits"):
+        scores_NRB = scores_of(table, 8, estimator)
+        for k in (1, 5, 20):
+            search = partial(exact_topk, scores_NRB, table, k, estimator=estimator, n_threads=1, costs=ONLY_SEARCH)
+            proof = search()[1]
+            (taken_s,) = quickest([search], 3)
+            peak_MiB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of all, the interpreter and the scores too
+            assert not proof.scanned.any()
+            print(
+                f"| {estimator} | {k} | {taken_s / 8 * 1e3:.2f} | {np.median(proof.depth):.0f} | "
+                f"{np.median(proof.n_touched):,.0f} | {np.median(proof.n_scored):.0f} | {peak_MiB:.0f} |",
+                flush=True,
+            )
+
+
+def grow() -> None:
+    """Vary one size at a time around K = 10**6, R = 16, B = 10,000, k = 5, flatness 1; scans up to K = 10**6."""
+    base = {"K": 10**6, "R": 16, "B": 10_000, "k": 5, "flatness": 1.0}
+    axes: dict[str, list[float]] = {
+        "K": [10**4, 10**5, 10**6, 3 * 10**6, 10**7, 5 * 10**7],
+        "R": [1, 2, 4, 8, 16, 32, 64],
+        "B": [100, 300, 1000, 3000, 10_000, 30_000],
+        "k": [1, 5, 20, 100, 300, 1000],
+        "flatness": [1, 1.3, 1.7, 2.2, 3, 5, 30],
+    }
+    figure, plots = plt.subplots(1, len(axes), figsize=(18, 3.4), sharey=True, layout="constrained")
+    print("| | N | " + " | ".join(base) + " | exact_topk, us | scan, us | of the scan | scanned |\n|" + "---|" * 11)
+    for plot, (name, values) in zip(plots, axes.items(), strict=True):
+        for n_samples in (32, 1):
+            times: list[tuple[float, float]] = []
+            for value in values:
+                sizes = {**base, name: value}
+                K, R, k = int(sizes["K"]), int(sizes["R"]), int(sizes["k"])
+                table = LabelTable.hashed(K, min(int(sizes["B"]), K), R)
+                scores_NRB = scores_of(table, n_samples, "mean", flatness=sizes["flatness"])
+                how: dict[str, Any] = {"estimator": "mean", "n_threads": 1}
+                proof = exact_topk(scores_NRB, table, k, **how)[1]
+                calls: list[Callable[[], object]] = [partial(exact_topk, scores_NRB, table, k, **how)]
+                if K <= 10**6:
+                    calls.append(partial(scan_topk, scores_NRB, table.array(), k, **how))
+                search_us, scan_us = ([1e6 * s / n_samples for s in quickest(calls, 3)] + [np.nan])[:2]
+                times.append((search_us, scan_us))
+                row = " | ".join(f"{v:g}" for v in sizes.values())
+                print(
+                    f"| {name} | {n_samples} | {row} | {search_us:.0f} | {scan_us:.0f} | {search_us / scan_us:.2f} | "
+                    f"{proof.scanned.mean():.0%} |",
+                    flush=True,
+                )
+            style = "-" if n_samples > 1 else ":"
+            plot.loglog(values, [t[0] for t in times], "C0o" + style, label=f"exact_topk, N = {n_samples}")
+            plot.loglog(values, [t[1] for t in times], "C1s" + style, label=f"scan, N = {n_samples}")
+        plot.set_xlabel(name)
+        plot.grid(alpha=0.3)
+    plots[0].set_ylabel("µs a sample, one core")
+    plots[0].legend(fontsize=7)
+    figure.savefig(Path(__file__).with_name("exact.svg"), metadata={"Date": None})
+
+
+def fit() -> None:
+    """Fit times of searches to their counts, each weighed by its time; measure the others directly."""
+    rows, times_ns = [], []
+    for K, B, R in (
+        (30_000, 3000, 8),
+        (100_000, 10_000, 32),
+        (670_091, 10_000, 32),
+        (670_091, 3000, 16),
+        (5_000_000, 20_000, 32),
+    ):
+        table = LabelTable.hashed(K, B, R)
+        pairs = [(estimator, k) for estimator in ("mean", "logits", "min") for k in (1, 5, 20, 60, 100)]
+        for estimator, k in pairs:
+            scores_NRB = scores_of(table, 16, estimator)
+            search = partial(exact_topk, scores_NRB, table, k, estimator=estimator, n_threads=1, costs=ONLY_SEARCH)
+            proof = search()[1]
+            (taken_s,) = quickest([search])
+            depth = max(first_depth(k, B), float(proof.depth.mean()) if estimator != "min" else 0)
+            rows.append([R * B, R * depth, proof.n_touched.mean(), R * proof.n_scored.mean(), 1 / 16])
+            times_ns.append(taken_s / 16 * 1e9)
+    weights = 1 / np.array(times_ns)
+    fitted, _ = nnls(np.array(rows) * weights[:, None], np.ones(len(rows)))
+    errors = np.abs(np.array(rows) @ fitted * weights - 1)
+    print("read, open, touch, score, ns:", fitted[:4].round(3), f"| a call: {fitted[4] / 1e3:.0f} us")
+    print(f"median error {np.median(errors):.0%}, worst {errors.max():.0%}")
+    for K, R in ((20_000, 16), (670_091, 32)):
+        table = LabelTable.hashed(K, min(K, 10_000), R)
+        for estimator in ("mean", "median"):
+            scores_NRB = scores_of(table, 16, estimator)
+            (taken_s,) = quickest([partial(scan_topk, scores_NRB, table.array(), 5, estimator=estimator, n_threads=1)])
+            print(f"K={K} R={R} {estimator}: scan {taken_s / 2 / R / K * 1e9:.2f} ns")
+    sorted_table = LabelTable.hashed(670_091, 10_000, 4, family="multiply-shift")
+    start = time.perf_counter()
+    _ = sorted_table.inverse
+    print(f"invert {(time.perf_counter() - start) / 4 / 670_091 * 1e9:.1f} ns")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["compare", "large", "grow", "fit"])
+    {"compare": compare, "large": large, "grow": grow, "fit": fit}[parser.parse_args().what]()
