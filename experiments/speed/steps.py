@@ -122,6 +122,10 @@ def measure(data: str, n_steps: int) -> None:
         note("plain torch loop, a repetition after the other", CONFIG.batch_size / plain)
         alone = in_fresh_processes(n_threads, packed_s, data, (0,), "auto", 1, n_steps)
         note(f"a process a repetition, {n_threads} at a time", sum(CONFIG.batch_size / seconds for seconds, _ in alone))
+        share = tuple(range(R // n_threads))
+        apart = in_fresh_processes(n_threads, packed_s, data, share, "auto", 1, n_steps)
+        rates = [len(share) * CONFIG.batch_size / seconds for seconds, _ in apart]
+        note(f"{n_threads} processes of {len(share)} packed repetitions", sum(rates))
         for precision in ("float32", "bfloat16"):
             ((seconds, by_part),) = in_fresh_processes(1, packed_s, data, tuple(range(R)), precision, n_threads, n_steps)
             if note(f"packed, {precision}", R * CONFIG.batch_size / seconds):
