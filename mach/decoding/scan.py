@@ -184,18 +184,23 @@ def _exchange(low_n: Float32, high_n: Float32, n: int) -> None:
 
 
 @jit
+def aggregate_one(values_R1: Float32, aggregate: int) -> np.float32:
+    """Score one label from its R bucket scores, which are overwritten, to the bits of the scan."""
+    if aggregate == MEDIAN:
+        _median(values_R1, 1)
+        return values_R1[0, 0]
+    score = values_R1[0, 0]
+    for r in range(1, len(values_R1)):
+        score = score + values_R1[r, 0] if aggregate == SUM else min(score, values_R1[r, 0])
+    return score
+
+
+@jit
 def _score_labels(scores_NRB: Float32, table_RK: Buckets, labels_NM: Int64, aggregate: int, out_NM: Float32) -> None:
     R = len(table_RK)
-    values_R = np.empty((R, 1), dtype=np.float32)
+    values_R1 = np.empty((R, 1), dtype=np.float32)
     for n in range(len(labels_NM)):
         for m in range(labels_NM.shape[1]):
             for r in range(R):
-                values_R[r, 0] = scores_NRB[n, r, table_RK[r, labels_NM[n, m]]]
-            if aggregate == MEDIAN:
-                _median(values_R, 1)
-                out_NM[n, m] = values_R[0, 0]
-                continue
-            score = values_R[0, 0]
-            for r in range(1, R):
-                score = score + values_R[r, 0] if aggregate == SUM else min(score, values_R[r, 0])
-            out_NM[n, m] = score
+                values_R1[r, 0] = scores_NRB[n, r, table_RK[r, labels_NM[n, m]]]
+            out_NM[n, m] = aggregate_one(values_R1, aggregate)
