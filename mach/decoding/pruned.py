@@ -34,7 +34,7 @@ from numba.extending import intrinsic
 
 from mach.decoding.scan import MIN, SUM, aggregate_one
 from mach.decoding.topk import Float32, Int64, is_excluded, is_worse, replace_worst
-from mach.hashing.inverse import Inverse, bucket_of, first_label
+from mach.hashing.inverse import Inverse, Words, first_of_progression
 from mach.kernels import jit
 
 PEAK = 32  # buckets of a peak: two vectors of 64 bytes
@@ -44,8 +44,12 @@ FULL = 65535
 SPARE = 8  # cells for each label touched
 MIN_CELLS, MAX_CELLS = 1 << 12, 1 << 22
 BINS = 256
+LOWEST = -0x7F800001  # of -infinity, as an ordered integer
+SOME_HITS = 64  # labels found before they are scored
 
 Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Cells = npt.NDArray[np.uint16]
 
 
 class Costs(NamedTuple):
@@ -70,35 +74,47 @@ class Scratch(NamedTuple):
     """Memory of one thread, used again for each sample."""
 
     peaks_RM: Float32
-    keys_B: npt.NDArray[np.int64]
+    keys_B: Int64  # (B + 1,)
     scores_RB: Float32  # the best scores of each repetition, best first; as many as were asked for
-    buckets_RB: npt.NDArray[np.int32]
+    buckets_RB: Int32
     n_R: Int64  # how many
     best_R: Float32
     below_R: Float32  # at least every score that is not among them
+    floor_R: Float64  # t_r
     excess_R: Float64
     order_R: Int64
-    cells: npt.NDArray[np.uint16]
+    rows: Int32  # buckets to open, at most R B
+    buckets: Int32
+    amounts: Int64
+    cells: Cells
+    hits: Int64  # labels to score
+    bins: Int64
     seen: Int64  # labels scored for this sample, plus 1, by open addressing; 0: empty
     used: Int64  # the places in `seen` that are taken
     counts: Int64  # of labels scored and touched
     values_R1: Float32
 
 
-def scratch(n_repetitions: int, n_buckets: int, n_seen: int) -> Scratch:
+def scratch(n_repetitions: int, n_buckets: int, n_seen: int, longest: int) -> Scratch:
     """Give a thread's memory: 10 MiB for the cells and 12 R B bytes, of which a search touches little."""
     R, B = n_repetitions, n_buckets
     return Scratch(
         peaks_RM=np.empty((R, -(-B // PEAK)), np.float32),
-        keys_B=np.empty(B, np.int64),
+        keys_B=np.empty(B + 1, np.int64),
         scores_RB=np.empty((R, B), np.float32),
         buckets_RB=np.empty((R, B), np.int32),
         n_R=np.zeros(R, np.int64),
         best_R=np.empty(R, np.float32),
         below_R=np.empty(R, np.float32),
+        floor_R=np.empty(R),
         excess_R=np.empty(R),
         order_R=np.empty(R, np.int64),
         cells=np.zeros(MAX_CELLS, np.uint16),
+        rows=np.empty(R * B, np.int32),
+        buckets=np.empty(R * B, np.int32),
+        amounts=np.empty(R * B, np.int64),
+        hits=np.empty(SOME_HITS + longest, np.int64),
+        bins=np.empty(BINS, np.int64),
         seen=np.zeros(2 * n_seen, np.int64),
         used=np.empty(n_seen, np.int64),
         counts=np.zeros(2, np.int64),
@@ -191,7 +207,7 @@ def _search(task: Task, work: Scratch, depth: int, costs: Costs, budget_ns: floa
             break
         if (costs.open + costs.touch * n_a_bucket) * R * depth > min(budget_ns, least_ns):
             break
-        depth = min(4 * depth, B)
+        depth = min(2 * depth, B)
         for r in range(R):
             _find_best(task.scores_RB[r], work.peaks_RM[r], depth, r, work)
     if chosen == 0 or least_ns > budget_ns:
@@ -244,24 +260,29 @@ def _find_best(row_B: Float32, peaks_M: Float32, wanted: int, r: int, work: Scra
     """Find about `wanted` best buckets of a repetition, or fewer among many equal scores, and a bound on all the others."""
     B = len(row_B)
     by_peaks = wanted <= len(peaks_M) // 2  # as many peaks as wanted are as many buckets, or a few more
-    low, best = peaks_M[0], peaks_M[0]
-    for m in range(len(peaks_M)):
+    best = peaks_M[len(peaks_M) - 1]
+    for m in range(0, len(peaks_M) - PEAK + 1, PEAK):
+        best = max(best, _peak(peaks_M, m))
+    for m in range(len(peaks_M) // PEAK * PEAK, len(peaks_M)):
         best = max(best, peaks_M[m])
-        low = min(low, peaks_M[m])
     work.best_R[r] = best
-    if not by_peaks:
-        for b in range(B):
-            low = min(low, row_B[b])
-    start, end = _ordered(low), _ordered(best) + 1  # count(start) >= wanted > count(end), halved until close
+    start, end = LOWEST, _ordered(best) + 1  # count(start) >= wanted > count(end)
+    middle, stride = _ordered(work.below_R[r - 1]) if r > 0 else end - 1, 1 << 20  # first steps an eighth around the last level
     while end - start > 1:
-        middle = start + (end - start) // 2
+        if not start < middle < end:
+            middle = start + (end - start) // 2
         n = _n_from(peaks_M, _float(middle)) if by_peaks else _n_from(row_B, _float(middle))
         if n < wanted:
             end = middle
+            middle -= stride
         else:
             start = middle
             if n <= wanted + wanted // 2:
                 break
+            middle += stride
+        if start > LOWEST and end <= _ordered(best):
+            middle = start + (end - start) // 2
+        stride *= 2
     if end - start == 1 and _n_from(row_B, _float(start)) > 2 * wanted + PEAK:
         start = end  # ties: none of them, as they cannot be told apart
     level = _float(start)
@@ -300,26 +321,39 @@ def _collect(row_B: Float32, peaks_M: Float32, level: np.float32, keys: Int64) -
     for m in range(len(peaks_M)):
         if peaks_M[m] >= level:
             for b in range(m * PEAK, min((m + 1) * PEAK, len(row_B))):
-                if row_B[b] >= level:
-                    keys[n] = (-_ordered(row_B[b]) << 32) | b
-                    n += 1
+                keys[n] = b
+                n += row_B[b] >= level  # without a branch, which would be foretold badly
+    for i in range(n):
+        keys[i] |= -_ordered(row_B[keys[i]]) << 32
     return n
 
 
 @jit
-def _floor(work: Scratch, r: int, depth: int) -> float:
-    """Give t_r, the bound on what depth leaves unopened."""
-    return float(work.scores_RB[r, depth]) if depth < work.n_R[r] else float(work.below_R[r])
+def _set_floors(scores_RB: Float32, n_R: Int64, below_R: Float32, depth: int, floor_R: Float64) -> None:
+    """Write t_r, the bound on what a depth leaves unopened."""
+    for r in range(len(n_R)):
+        floor_R[r] = scores_RB[r, depth] if depth < n_R[r] else below_R[r]
 
 
 @jit
-def _clear_cells(cells: npt.NDArray[np.uint16], n_touched: float) -> int:
-    """Empty as many cells as suit so many labels; give their number, a power of two."""
+def _base(floor_R: Float64, best_R: Float32) -> float:
+    """Give U and what rounding may add: at least the score of any label that no opened bucket holds."""
+    total, size = 0.0, 0.0
+    for r in range(len(floor_R)):
+        total += floor_R[r]
+        size += max(abs(floor_R[r]), abs(float(best_R[r])))
+    return total + 2 * len(floor_R) * 2.0**-24 * size
+
+
+@jit
+def _cells_for(work: Scratch, n_touched: float) -> Cells:
+    """Give as many empty cells as suit so many labels, a power of two."""
     n = MIN_CELLS
     while n < SPARE * n_touched and n < MAX_CELLS:
         n *= 2
-    cells[:n] = 0
-    return n
+    cells = work.cells[:n]
+    cells[:] = 0
+    return cells
 
 
 @jit
@@ -327,110 +361,178 @@ def _guess(task: Task, work: Scratch, depth: int) -> None:
     """Score the most promising labels of a few repetitions, at least k of them where there are as many."""
     R = len(task.scores_RB)
     n_rows = min(R, GUESS_ROWS)
+    _set_floors(work.scores_RB, work.n_R, work.below_R, depth, work.floor_R)
     widest = 0.0
     for i in range(n_rows):
         r = i * R // n_rows
-        widest = max(widest, float(work.best_R[r]) - _floor(work, r, depth))
+        widest = max(widest, float(work.best_R[r]) - work.floor_R[r])
     if widest <= 0:
         return
-    scale = FULL / (n_rows + 1) / widest
-    n_cells = _clear_cells(work.cells, n_rows * depth * len_of_bucket(task.inverse))
-    cells = work.cells[:n_cells]
-    bins = np.zeros(BINS, np.int64)
-    wanted, least = 2 * n_rows * (len(task.top_k) + 2 + len(task.without)), FULL + 1
-    for step in range(3):  # add up; count how many labels have how much; score the best
-        for i in range(n_rows):
-            r = i * R // n_rows
-            floor = _floor(work, r, depth)
-            for d in range(min(depth, work.n_R[r])):
-                bucket = work.buckets_RB[r, d]
-                if step == 0:
-                    amount = math.ceil((float(work.scores_RB[r, d]) - floor) * scale)
-                    work.counts[1] += _touch(task, work, cells, r, bucket, amount, FULL + 1, 0.0, 0.0)
-                elif step == 1:
-                    _count(task, cells, r, bucket, bins)
-                else:
-                    work.counts[1] += _touch(task, work, cells, r, bucket, 0, least, 0.0, 0.0)
-        if step == 1:
-            n, at = 0, BINS
-            while at > 0 and n < wanted:
-                at -= 1
-                n += bins[at]
-            least = max(1, at * (FULL + 1) // BINS)
+    scale = FULL / (2 * n_rows + 1) / widest
+    cells = _cells_for(work, n_rows * depth * len_of_bucket(task.inverse))
+    n_open = 0
+    for i in range(n_rows):
+        n_open = _list_buckets(work, i * R // n_rows, depth, scale, n_open)
+    for i in range(n_open):
+        work.amounts[i] = (work.amounts[i] + np.int64(widest * scale)) & -2  # a hit counts for more than its size; even, to be marked
+    _open(task, work, cells, n_open, FULL + 1, 0.0, 0.0)
+    _count(task, work, cells, n_open)
+    wanted, n, at = 2 * (len(task.top_k) + 4 + len(task.without)), 0, BINS
+    while at > 0 and n < wanted:
+        at -= 1
+        n += work.bins[at]
+    work.amounts[:n_open] = 0
+    _open(task, work, cells, n_open, max(1, at * (FULL + 1) // BINS), 0.0, 0.0)
 
 
 @jit
-def _count(task: Task, cells: npt.NDArray[np.uint16], r: int, bucket: int, bins: Int64) -> None:
-    inverse = task.inverse
-    mask, p, step = np.uint64(len(cells) - 1), inverse.p, inverse.step_R[r]
-    label, n = first_label(inverse, r, bucket)
-    for i in range(n):
-        key = label if inverse.is_arithmetic else np.uint64(inverse.ids_RK[r, label + np.uint64(i)])
-        if len(task.allowed) == 0 or (key < np.uint64(len(task.allowed)) and task.allowed[key]):
-            bins[cells[key & mask] >> 8] += 1
-        if inverse.is_arithmetic:
-            label += step
-            if label >= p:
-                label -= p
+def _after(label: np.uint64, step: np.uint64, p: np.uint64) -> np.uint64:
+    label += step
+    return label - p if label >= p else label
 
 
 @jit
-def _touch(
-    task: Task, work: Scratch, cells: npt.NDArray[np.uint16], r: int, bucket: int, amount: int, least: int, base: float, scale: float
-) -> int:
-    """Add an amount to the cell of each label of a bucket and offer those whose cell reaches `least`; give their number.
+def _list_buckets(work: Scratch, r: int, depth: int, scale: float, n_open: int) -> int:
+    """Append the best buckets of a repetition to those to be opened, with their scaled excess; give the length of the list."""
+    scores_D, buckets_D, floor = work.scores_RB[r], work.buckets_RB[r], work.floor_R[r]
+    rows, buckets, amounts = work.rows, work.buckets, work.amounts
+    for d in range(min(depth, work.n_R[r])):
+        rows[n_open], buckets[n_open] = r, buckets_D[d]
+        amounts[n_open] = np.int64(min(float(FULL), math.ceil((float(scores_D[d]) - floor) * scale)))
+        n_open += 1
+    return n_open
 
-    With a scale, `least` rises with theta.
+
+@jit
+def _count(task: Task, work: Scratch, cells: Cells, n_open: int) -> None:
+    """Count the labels of the listed buckets by what their cells hold, those that are not allowed left out.
+
+    Once each: what is counted becomes odd.
     """
-    inverse = task.inverse
-    mask, p, step = np.uint64(len(cells) - 1), inverse.p, inverse.step_R[r]
-    label, n = first_label(inverse, r, bucket)
-    is_arithmetic, ids_K = inverse.is_arithmetic, inverse.ids_RK[r if len(inverse.ids_RK) else 0 :]
-    for i in range(n):
-        key = label if is_arithmetic else np.uint64(ids_K[0, label + np.uint64(i)])
-        at = key & mask
-        value = min(np.int64(cells[at]) + amount, FULL)
-        cells[at] = value
-        if value >= least:
-            _offer(task, work, np.int64(key))
-            if scale > 0:
-                least = _least(float(task.top_k[0]), base, scale)
-        if is_arithmetic:
-            label += step
-            if label >= p:
-                label -= p
-    return n
+    inverse, bins, allowed, rows, buckets = task.inverse, work.bins, task.allowed, work.rows, work.buckets
+    p, b_R, back_R, step_R, n_buckets = inverse.p, inverse.b_R, inverse.back_R, inverse.step_R, np.uint64(inverse.n_buckets)
+    starts_RB, ids_RK, mask, n_allowed = inverse.starts_RB, inverse.ids_RK, np.uint64(len(cells) - 1), np.uint64(len(allowed))
+    bins[:] = 0
+    for i in range(n_open):
+        r, bucket = rows[i], buckets[i]
+        if inverse.is_arithmetic:
+            step = step_R[r]
+            label, n = first_of_progression(np.uint64(bucket), p, b_R[r], back_R[r], n_buckets)
+            for _ in range(n):
+                if n_allowed == 0 or (label < n_allowed and allowed[label]):
+                    bins[cells[label & mask] >> 8] += 1 - (cells[label & mask] & 1)
+                    cells[label & mask] |= 1
+                label = _after(label, step, p)
+        else:
+            for at in range(starts_RB[r, bucket], starts_RB[r, bucket + 1]):
+                label = np.uint64(ids_RK[r, at])
+                if n_allowed == 0 or allowed[label]:
+                    bins[cells[label & mask] >> 8] += 1 - (cells[label & mask] & 1)
+                    cells[label & mask] |= 1
 
 
 @jit
-def _least(theta: float, base: float, scale: float) -> int:
-    return np.int64(min(float(FULL), math.floor((theta - base) * scale)))
+def _open(task: Task, work: Scratch, cells: Cells, n_open: int, least: int, base: float, scale: float) -> None:
+    """Add the amounts of the listed buckets to the cells of their labels; score the labels whose cell reaches `least`.
+
+    With a scale `least` is theta - base, and rises with theta.
+    """
+    inverse, done = task.inverse, 0
+    while done < n_open and work.counts[0] <= len(work.used):
+        if scale > 0:
+            least = np.int64(min(float(FULL), math.floor((float(task.top_k[0]) - base) * scale)))
+        if inverse.is_arithmetic:
+            done, n_hits, n_touched = _add_progressions(
+                cells, work.rows, work.buckets, work.amounts, done, n_open, least, work.hits,
+                inverse.p, inverse.b_R, inverse.back_R, inverse.step_R, np.uint64(inverse.n_buckets),
+            )  # fmt: skip
+        else:
+            done, n_hits, n_touched = _add_lists(
+                cells, work.rows, work.buckets, work.amounts, done, n_open, least, work.hits, inverse.starts_RB, inverse.ids_RK
+            )
+        work.counts[1] += n_touched
+        _offer(task, work, n_hits)
 
 
 @jit
-def _offer(task: Task, work: Scratch, label: int) -> None:
-    """Score a label, unless it was, and put it into the heap if it is better than the worst there."""
-    if label >= task.inverse.n_labels or (len(task.allowed) and not task.allowed[label]):
-        return
-    n = work.counts[0]
-    if n >= len(work.used):
-        work.counts[0] = len(work.used) + 1  # no memory for more: given up
-        return
-    mask = len(work.seen) - 1
-    at = ((label * 0x9E3779B1) >> 7) & mask
-    while work.seen[at] != 0:
-        if work.seen[at] == label + 1:
+def _add_progressions(
+    cells: Cells, rows: Int32, buckets: Int32, amounts: Int64, done: int, n_open: int, least: int, hits: Int64,
+    p: np.uint64, b_R: Words, back_R: Words, step_R: Words, n_buckets: np.uint64,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Add, from the bucket `done` on, until there are some hits; give how far it came, the hits and the labels touched.
+
+    Arguments are plain: each array of a tuple costs an atomic count, and buckets are short.
+    """
+    mask, n_hits, n_touched = np.uint64(len(cells) - 1), 0, 0
+    while done < n_open and n_hits < SOME_HITS:
+        r, amount = rows[done], amounts[done]
+        step = step_R[r]
+        label, n = first_of_progression(np.uint64(buckets[done]), p, b_R[r], back_R[r], n_buckets)
+        for _ in range(n):
+            value = min(np.int64(cells[label & mask]) + amount, FULL)
+            cells[label & mask] = value
+            if value >= least:
+                hits[n_hits] = label
+                n_hits += 1
+            label = _after(label, step, p)
+        n_touched += n
+        done += 1
+    return done, n_hits, n_touched
+
+
+@jit
+def _add_lists(
+    cells: Cells, rows: Int32, buckets: Int32, amounts: Int64, done: int, n_open: int, least: int, hits: Int64,
+    starts_RB: Int64, ids_RK: npt.NDArray[np.unsignedinteger[Any]],
+) -> tuple[int, int, int]:  # fmt: skip
+    mask, n_hits, n_touched = np.uint64(len(cells) - 1), 0, 0
+    while done < n_open and n_hits < SOME_HITS:
+        r, bucket, amount = rows[done], buckets[done], amounts[done]
+        for i in range(starts_RB[r, bucket], starts_RB[r, bucket + 1]):
+            label = np.uint64(ids_RK[r, i])
+            value = min(np.int64(cells[label & mask]) + amount, FULL)
+            cells[label & mask] = value
+            if value >= least:
+                hits[n_hits] = label
+                n_hits += 1
+            n_touched += 1
+        done += 1
+    return done, n_hits, n_touched
+
+
+@jit
+def _offer(task: Task, work: Scratch, n_hits: int) -> None:
+    """Score the labels of work.hits that were not yet, and put into the heap those better than the worst there."""
+    scores_RB, inverse, allowed, top_k, labels_k = task.scores_RB, task.inverse, task.allowed, task.top_k, task.labels_k
+    seen, used, counts, values_R1 = work.seen, work.used, work.counts, work.values_R1
+    a_R, b_R, p, n_buckets = inverse.a_R, inverse.b_R, inverse.p, np.uint64(inverse.n_buckets)
+    mask = len(seen) - 1
+    for i in range(n_hits):
+        label = work.hits[i]
+        if label >= inverse.n_labels or (len(allowed) and not allowed[label]):
+            continue
+        n = counts[0]
+        if n >= len(used):
+            counts[0] = len(used) + 1  # no memory for more: given up
             return
-        at = (at + 1) & mask
-    work.seen[at], work.used[n] = label + 1, at
-    work.counts[0] += 1
-    if is_excluded(task.without, label):
-        return
-    for r in range(len(work.values_R1)):
-        work.values_R1[r, 0] = task.scores_RB[r, bucket_of(task.inverse, r, label)]
-    score = aggregate_one(work.values_R1, task.aggregate)
-    if is_worse(task.top_k[0], task.labels_k[0], score, label):
-        replace_worst(task.top_k, task.labels_k, score, label)
+        at = ((label * 0x9E3779B1) >> 7) & mask
+        while seen[at] != 0 and seen[at] != label + 1:
+            at = (at + 1) & mask
+        if seen[at] != 0:
+            continue
+        seen[at], used[n] = label + 1, at
+        counts[0] = n + 1
+        if is_excluded(task.without, label):
+            continue
+        if inverse.is_arithmetic:
+            for r in range(len(values_R1)):
+                values_R1[r, 0] = scores_RB[r, np.int64((a_R[r] * np.uint64(label) + b_R[r]) % p % n_buckets)]
+        else:
+            for r in range(len(values_R1)):
+                values_R1[r, 0] = scores_RB[r, np.int64(inverse.table_RK[r, label])]
+        score = aggregate_one(values_R1, task.aggregate)
+        if is_worse(top_k[0], labels_k[0], score, label):
+            replace_worst(top_k, labels_k, score, label)
 
 
 @jit
@@ -441,23 +543,25 @@ def _plan(task: Task, work: Scratch, deepest: int, costs: Costs) -> tuple[int, f
     """
     R, B = task.scores_RB.shape
     theta, K = float(task.top_k[0]), float(task.inverse.n_labels)
+    n_R, best_R, floor_R, excess_R = work.n_R, work.best_R, work.floor_R, work.excess_R
     chosen, least_ns, depth = 0, np.inf, 1
     while depth <= deepest:
-        base, n_open = _base(work, depth), 0.0
-        for r in range(R):
-            n_open += min(depth, work.n_R[r])
+        _set_floors(work.scores_RB, n_R, work.below_R, depth, floor_R)
+        base = _base(floor_R, best_R)
         if base < theta:
+            n_open = 0.0
             for r in range(R):
-                excess, at = float(work.best_R[r]) - _floor(work, r, depth), r
-                while at > 0 and work.excess_R[at - 1] < excess:
-                    work.excess_R[at] = work.excess_R[at - 1]
+                n_open += min(depth, n_R[r])
+                excess, at = float(best_R[r]) - floor_R[r], r
+                while at > 0 and excess_R[at - 1] < excess:
+                    excess_R[at] = excess_R[at - 1]
                     at -= 1
-                work.excess_R[at] = excess
+                excess_R[at] = excess
             n_touched = n_open * K / B
-            share = SPARE if n_touched * SPARE <= MAX_CELLS else MAX_CELLS / n_touched
+            share = min(SPARE, MAX_CELLS / n_touched)
             hits, left, alone, together = 0, theta - base, K, n_touched * share
             while left > 0 and hits < R:
-                left -= work.excess_R[hits]
+                left -= excess_R[hits]
                 alone *= (R - hits) / (hits + 1.0) * (n_open / R / B)
                 together *= 1 / share / (hits + 1.0)
                 hits += 1
@@ -470,33 +574,18 @@ def _plan(task: Task, work: Scratch, deepest: int, costs: Costs) -> tuple[int, f
 
 
 @jit
-def _base(work: Scratch, depth: int) -> float:
-    """Give U and what rounding may add: at least the score of any label that no opened bucket holds."""
-    R = len(work.n_R)
-    total, size = 0.0, 0.0
-    for r in range(R):
-        floor = _floor(work, r, depth)
-        total += floor
-        size += max(abs(floor), abs(float(work.best_R[r])))
-    return total + 2 * R * 2.0**-24 * size
-
-
-@jit
 def _sweep(task: Task, work: Scratch, depth: int) -> bool:
     """Score every label whose bound reaches theta; false if there are more than memory was set aside for."""
-    R, B = task.scores_RB.shape
-    base = _base(work, depth)
+    R = len(task.scores_RB)
+    _set_floors(work.scores_RB, work.n_R, work.below_R, depth, work.floor_R)
+    base = _base(work.floor_R, work.best_R)
     scale = UNIT / (float(task.top_k[0]) - base)
-    cells = work.cells[: _clear_cells(work.cells, R * depth * len_of_bucket(task.inverse))]
+    cells = _cells_for(work, R * depth * len_of_bucket(task.inverse))
+    n_open = 0
     for r in range(R):
-        floor = _floor(work, r, depth)
-        for d in range(min(depth, work.n_R[r])):
-            amount = np.int64(min(float(FULL), math.ceil((float(work.scores_RB[r, d]) - floor) * scale)))
-            least = _least(float(task.top_k[0]), base, scale)
-            work.counts[1] += _touch(task, work, cells, r, work.buckets_RB[r, d], amount, least, base, scale)
-        if work.counts[0] > len(work.used):
-            return False
-    return True
+        n_open = _list_buckets(work, r, depth, scale, n_open)
+    _open(task, work, cells, n_open, UNIT, base, scale)
+    return work.counts[0] <= len(work.used)
 
 
 @jit
@@ -535,13 +624,13 @@ def _sweep_counts(task: Task, work: Scratch, costs: Costs, budget_ns: float) -> 
     n_touched = 0.0
     for i in range(chosen):
         n_touched += work.n_R[work.order_R[i]] * K / B
-    cells, deepest = work.cells[: _clear_cells(work.cells, n_touched)], 0
+    listed = deepest = 0
     for i in range(chosen):
         r = work.order_R[i]
         n = _collect(task.scores_RB[r], work.peaks_RM[r], theta, work.keys_B)
         deepest = max(deepest, n)
         for d in range(n):
-            work.counts[1] += _touch(task, work, cells, r, work.keys_B[d] & 0x7FFFFFFF, 1, chosen - spared, 0.0, 0.0)
-        if work.counts[0] > len(work.used):
-            return -1
-    return deepest
+            work.rows[listed], work.buckets[listed], work.amounts[listed] = r, work.keys_B[d] & 0x7FFFFFFF, 1
+            listed += 1
+    _open(task, work, _cells_for(work, n_touched), listed, chosen - spared, 0.0, 0.0)
+    return deepest if work.counts[0] <= len(work.used) else -1

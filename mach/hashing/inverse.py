@@ -45,17 +45,12 @@ def bucket_of(inverse: Inverse, row: int, label: int) -> int:
 
 
 @jit
-def first_label(inverse: Inverse, row: int, bucket: int) -> tuple[np.uint64, int]:
-    """Give where a bucket's labels begin and how many there are.
+def first_of_progression(
+    bucket: np.uint64, p: np.uint64, b: np.uint64, back: np.uint64, n_buckets: np.uint64
+) -> tuple[np.uint64, int]:
+    """Give the first label of a bucket and how many there are; add `step` mod p for the next.
 
-    Arithmetic: the first label, to which the step is added mod p; labels of K or more, fewer than p - K, are none. Else: the
-    place of the first in ids[row].
+    It is a**-1 (bucket - b) mod p, and as many as residues bucket + i B below p. Labels of K or more, fewer than p - K, are none.
     """
-    if inverse.is_arithmetic:
-        y = np.uint64(bucket)
-        shifted = y + (inverse.p - inverse.b_R[row])
-        label = inverse.back_R[row] * (shifted % inverse.p) % inverse.p
-        n = (inverse.p - y + np.uint64(inverse.n_buckets - 1)) // np.uint64(inverse.n_buckets)
-        return label, np.int64(n)
-    start = inverse.starts_RB[row, bucket]
-    return np.uint64(start), inverse.starts_RB[row, bucket + 1] - start
+    label = back * ((bucket + (p - b)) % p) % p
+    return label, np.int64((p - bucket + n_buckets - np.uint64(1)) // n_buckets)
