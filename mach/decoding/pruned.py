@@ -32,6 +32,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from mach.decoding.only import Only
 from mach.decoding.scan import MIN, SUM, aggregate_one
 from mach.decoding.topk import Float32, Int64, is_excluded, is_worse, replace_worst
 from mach.hashing.inverse import Inverse, Words, first_of_progression
@@ -45,6 +46,7 @@ SPARE = 8  # cells for each label touched
 MIN_CELLS, MAX_CELLS = 1 << 12, 1 << 22
 BINS = 256
 LOWEST = -0x7F800001  # of -infinity, as an ordered integer
+SEARCH_SHARE = 0.1  # of the scan's time, at most, goes into looking for a depth
 SOME_HITS = 64  # labels found before they are scored
 
 Float64 = npt.NDArray[np.float64]
@@ -59,15 +61,9 @@ class Costs(NamedTuple):
     open: float  # an opened bucket: to find it, sort it and begin its labels
     touch: float  # a label of an opened bucket
     score: float  # a repetition of a label that is scored
-    scan: float  # a repetition of a label in the scan, for eight samples
-
-
-class Only(NamedTuple):
-    """Which labels may be found."""
-
-    starts: Int64  # (N + 1,): the labels without[starts[n] : starts[n + 1]], sorted, are not for sample n
-    without: Int64
-    allowed: npt.NDArray[np.uint8]  # (K,), or (0,): all
+    scan: float  # a repetition of a label in the scan, for eight samples at once
+    median: float  # the same for the median
+    invert: float  # a repetition of a label, sorted by bucket for a family that is not arithmetic
 
 
 class Scratch(NamedTuple):
@@ -205,7 +201,8 @@ def _search(task: Task, work: Scratch, depth: int, costs: Costs, budget_ns: floa
         chosen, least_ns = _plan(task, work, deepest, costs)
         if (chosen < deepest and chosen > 0) or depth >= B:
             break
-        if (costs.open + costs.touch * n_a_bucket) * R * depth > min(budget_ns, least_ns):
+        more_ns = 2 * R * depth * costs.open  # to find twice as many
+        if more_ns > SEARCH_SHARE * budget_ns or more_ns + costs.touch * R * depth * n_a_bucket > min(budget_ns, least_ns):
             break
         depth = min(2 * depth, B)
         for r in range(R):
@@ -374,7 +371,9 @@ def _guess(task: Task, work: Scratch, depth: int) -> None:
     for i in range(n_rows):
         n_open = _list_buckets(work, i * R // n_rows, depth, scale, n_open)
     for i in range(n_open):
-        work.amounts[i] = (work.amounts[i] + np.int64(widest * scale)) & -2  # a hit counts for more than its size; even, to be marked
+        work.amounts[i] = (
+            work.amounts[i] + np.int64(widest * scale)
+        ) & -2  # a hit counts for more than its size; even, to be marked
     _open(task, work, cells, n_open, FULL + 1, 0.0, 0.0)
     _count(task, work, cells, n_open)
     wanted, n, at = 2 * (len(task.top_k) + 4 + len(task.without)), 0, BINS

@@ -19,8 +19,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from mach.config import Estimator
+from mach.decoding.only import Lists, no_lists
 from mach.decoding.threads import N_THREADS
-from mach.decoding.topk import BLOCK, GROUP, Float32, Int64, TopK, check_k, frozen, replace_worst, search
+from mach.decoding.topk import BLOCK, GROUP, Float32, Int64, TopK, check_k, frozen, is_excluded, replace_worst, search
 from mach.errors import ConfigError
 from mach.kernels import jit
 
@@ -31,17 +32,27 @@ MEDIAN_BLOCK = 128  # labels whose R values are held and sorted at once: 4 KiB a
 AGGREGATES = {"mean": SUM, "logits": SUM, "log-probs": SUM, "min": MIN, "median": MEDIAN}
 
 
-def scan_topk(scores_NRB: Float32, table_RK: Buckets, k: int, *, estimator: Estimator, n_threads: int = N_THREADS) -> TopK:
+def scan_topk(
+    scores_NRB: Float32,
+    table_RK: Buckets,
+    k: int,
+    *,
+    estimator: Estimator,
+    without: Lists | None = None,
+    n_threads: int = N_THREADS,
+) -> TopK:
     """Give the k best of all labels, each scored by the sum (mean, logits, log-probs), minimum or median of its buckets.
 
     Holds the result, and R (8 B) + 8 * 4096 floats a thread.
 
     Args:    scores_NRB, float32 from `bucket_scores`, finite; table_RK, unsigned, below B (not checked: it would cost a scan).
+             without, labels that each sample may not find, of which there must be at most K - k.
     Raises:  ConfigError if k is outside [1, K], or the repetitions of scores and table differ.
     """
     check_k(k, table_RK.shape[1])
     _check_repetitions(scores_NRB, table_RK)
-    inputs = (frozen(scores_NRB), frozen(table_RK), AGGREGATES[estimator])
+    starts_N, without_L = without or no_lists(len(scores_NRB))
+    inputs = (frozen(scores_NRB), frozen(table_RK), AGGREGATES[estimator], starts_N, without_L)
     return search(_offer_labels, inputs, len(scores_NRB), table_RK.shape[1], k, n_threads)
 
 
@@ -102,8 +113,9 @@ copy_eight, add_eight, min_eight, above_eight = _eight("copy"), _eight("add"), _
 
 @jit
 def _offer_labels(
-    scores_NRB: Float32, table_RK: Buckets, aggregate: int, first: int, start: int, stop: int, top_Nk: Float32, labels_Nk: Int64
-) -> None:
+    scores_NRB: Float32, table_RK: Buckets, aggregate: int, starts_N: Int64, without_L: Int64,
+    first: int, start: int, stop: int, top_Nk: Float32, labels_Nk: Int64,
+) -> None:  # fmt: skip
     """Push labels [start, stop) of the samples [first, first + 8) into their heaps."""
     n_samples, R = min(GROUP, len(scores_NRB) - first), len(table_RK)
     packed_RBQ = _pack(scores_NRB[first : first + n_samples])
@@ -118,7 +130,9 @@ def _offer_labels(
         for j in range(n_labels):
             if above_eight(values_JQ, j * GROUP, floor_Q, 0):
                 for q in range(n_samples):
-                    if values_JQ[j * GROUP + q] > floor_Q[q]:
+                    if values_JQ[j * GROUP + q] > floor_Q[q] and not is_excluded(
+                        without_L[starts_N[first + q] : starts_N[first + q + 1]], block + j
+                    ):
                         replace_worst(top_Nk[first + q], labels_Nk[first + q], values_JQ[j * GROUP + q], block + j)
                         floor_Q[q] = top_Nk[first + q, 0]
 

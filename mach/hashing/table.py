@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mach.config import Family, TableKind
 from mach.errors import ConfigError, ModelError
-from mach.hashing.families import MAX_LABELS, CarterWegman, Ids, LabelHash, XXHash, make_family
+from mach.hashing.families import MAX_LABELS, CarterWegman, Ids, LabelHash, XXHash, make_family, prime_from
 from mach.hashing.inverse import MAX_PRIME, Inverse
 from mach.kernels import jit
 
@@ -183,6 +183,16 @@ class LabelTable:
     def _inverses(self) -> dict[int, tuple[Held, Ids]]:
         return {}
 
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether both directions are computed, so that `inverse` holds nothing."""
+        return self.family == "carter-wegman" and prime_from(self.n_labels) < MAX_PRIME
+
+    @property
+    def has_inverse(self) -> bool:
+        """Whether `inverse` costs nothing any more."""
+        return self.is_arithmetic or "inverse" in self.__dict__
+
     @cached_property
     def inverse(self) -> Inverse:
         """Give both directions of the table to kernels, computed once, then kept.
@@ -190,8 +200,8 @@ class LabelTable:
         Nothing is held for Carter-Wegman with K up to about 2**32; else `array()` and another 4 R K bytes (8 if K is above 2**32).
         """
         R, K, B = self.n_repetitions, self.n_labels, self.n_buckets
-        functions = [f for f in self.families if isinstance(f, CarterWegman) and f.p < MAX_PRIME]
-        is_arithmetic = len(functions) == R
+        is_arithmetic = self.is_arithmetic
+        functions = [f for f in self.families if isinstance(f, CarterWegman) and is_arithmetic]
         p = functions[0].p if is_arithmetic else 1
         backs = [pow(f.a, -1, p) for f in functions] if is_arithmetic else []
         words = [[f.a for f in functions], [f.b for f in functions], backs, [back * B % p for back in backs]]
