@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mach.config import Estimator
 from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, no_lists
-from mach.decoding.pruned import GUESS_ROWS, Costs, prune, scratch
+from mach.decoding.pruned import GUESS_ROWS, Costs, Scratch, prune, scratch
 from mach.decoding.scan import AGGREGATES, MEDIAN, scan_topk
 from mach.decoding.threads import N_THREADS, in_threads
 from mach.decoding.topk import GROUP, NO_LABEL, Float32, TopK, check_k, finish, frozen
@@ -98,14 +98,14 @@ def exact_topk(
 
 def _first_depth(k: int, n_buckets: int) -> int:
     """Give how many buckets of each repetition to look at first: the k best labels are most often among so many."""
-    return max(1, min(10 + k, FIRST_DEPTH, n_buckets // 16))
+    return max(1, min(8 + 3 * k // 2, FIRST_DEPTH, n_buckets // 16))
 
 
 def _may_pay(table: LabelTable, n_samples: int, k: int, scan_ns: float, n_threads: int, costs: Costs) -> bool:
     """Tell whether searches can be quicker than scans, and their failures cost less than WASTE of the scans."""
     R, K, B = table.n_repetitions, table.n_labels, table.n_buckets
     depth, n_a_bucket = _first_depth(k, B), K / B
-    guess_ns = 3 * costs.touch * min(R, GUESS_ROWS) * depth * n_a_bucket + costs.score * R * 2 * (k + 4)
+    guess_ns = 2 * costs.touch * min(R, GUESS_ROWS) * depth * n_a_bucket + costs.score * R * 2 * (k + 4)
     try_ns = costs.read * R * B + costs.open * R * depth + guess_ns
     n_each = -(-n_samples // n_threads)
     n_failures = n_each.bit_length()  # the tries of a batch where none succeeds: see `prune`
@@ -131,30 +131,53 @@ def _search(
     inverse, frozen_NRB, depth = table.inverse, frozen(scores_NRB), _first_depth(k, B)
     n_seen = 1 << max(12, math.ceil(math.log2(64 * k + min(MEMORY_LABELS, table.n_labels // 32))))
     n_each = -(-N // n_threads)
-    tasks: list[tuple[Any, ...]] = []
-    for first in range(0, N, n_each):
-        work = scratch(R, B, n_seen, longest_bucket(table))
-        stop = min(first + n_each, N)
-        tasks.append(
-            (
-                frozen_NRB,
-                inverse,
-                AGGREGATES[estimator],
-                depth,
-                costs,
-                scan_ns,
-                only,
-                work,
-                first,
-                stop,
-                top.scores,
-                top.labels,
-                numbers_N3,
-            )
+    sizes = (R, B, n_seen, longest_bucket(table))
+    firsts = range(0, N, n_each)
+    works = [_take(sizes) for _ in firsts]
+    tasks: list[tuple[Any, ...]] = [
+        (
+            frozen_NRB,
+            inverse,
+            AGGREGATES[estimator],
+            depth,
+            costs,
+            scan_ns,
+            only,
+            work,
+            first,
+            min(first + n_each, N),
+            top.scores,
+            top.labels,
+            numbers_N3,
         )
+        for first, work in zip(firsts, works, strict=True)
+    ]
     in_threads(prune, tasks, n_threads)
+    for work in works:
+        _keep(sizes, work)
     for first in range(0, N, GROUP):
         finish(top.scores[None], top.labels[None], first)
+
+
+_Sizes = tuple[int, int, int, int]
+_idle: list[tuple[_Sizes, Scratch]] = []  # memory of calls that are over: fresh pages would double the time of a single sample
+
+
+def _take(sizes: _Sizes) -> Scratch:
+    """Give memory of these sizes, an earlier call's if there is some; memory of other sizes is let go."""
+    while _idle:
+        try:
+            held, work = _idle.pop()  # atomic, as callers may be threads
+        except IndexError:
+            break
+        if held == sizes:
+            return work
+    return scratch(*sizes)
+
+
+def _keep(sizes: _Sizes, work: Scratch) -> None:
+    if len(_idle) < N_THREADS:
+        _idle.append((sizes, work))
 
 
 def longest_bucket(table: LabelTable) -> int:

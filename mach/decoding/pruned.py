@@ -35,17 +35,21 @@ from numba.extending import intrinsic
 from mach.decoding.only import Only
 from mach.decoding.scan import MIN, SUM, aggregate_one
 from mach.decoding.topk import Float32, Int64, is_excluded, is_worse, replace_worst
-from mach.hashing.inverse import Inverse, Words, first_of_progression
+from mach.hashing.inverse import Inverse, Words, first_of_progression, small_buckets
 from mach.kernels import jit
 
 PEAK = 32  # buckets of a peak: two vectors of 64 bytes
-GUESS_ROWS = 8  # repetitions that the guess opens
+GUESS_ROWS = 16  # repetitions that the guess opens
+FEW = 10  # for a k up to this, the guess opens half as many
+ASKED_ROWS = 8  # those of them whose labels it may score
 UNIT = 2048  # what a cell must reach at first; theta may rise 32 times as far above U until the cells' 16 bits are full
 FULL = 65535
 SPARE = 8  # cells for each label touched
 MIN_CELLS, MAX_CELLS = 1 << 12, 1 << 22
 BINS = 256
 LOWEST = -0x7F800001  # of -infinity, as an ordered integer
+GAPS = (301, 132, 57, 23, 10, 4, 1)  # Ciura 2001
+SAMPLE = 64  # buckets that tell the mean of a repetition
 SEARCH_SHARE = 0.1  # of the scan's time, at most, goes into looking for a depth
 SOME_HITS = 64  # labels found before they are scored
 
@@ -70,7 +74,7 @@ class Scratch(NamedTuple):
     """Memory of one thread, used again for each sample."""
 
     peaks_RM: Float32
-    keys_B: Int64  # (B + 1,)
+    keys_B: Int64
     scores_RB: Float32  # the best scores of each repetition, best first; as many as were asked for
     buckets_RB: Int32
     n_R: Int64  # how many
@@ -89,6 +93,7 @@ class Scratch(NamedTuple):
     used: Int64  # the places in `seen` that are taken
     counts: Int64  # of labels scored and touched
     values_R1: Float32
+    buckets_R: Int32
 
 
 def scratch(n_repetitions: int, n_buckets: int, n_seen: int, longest: int) -> Scratch:
@@ -96,7 +101,7 @@ def scratch(n_repetitions: int, n_buckets: int, n_seen: int, longest: int) -> Sc
     R, B = n_repetitions, n_buckets
     return Scratch(
         peaks_RM=np.empty((R, -(-B // PEAK)), np.float32),
-        keys_B=np.empty(B + 1, np.int64),
+        keys_B=np.empty(B, np.int64),
         scores_RB=np.empty((R, B), np.float32),
         buckets_RB=np.empty((R, B), np.int32),
         n_R=np.zeros(R, np.int64),
@@ -115,6 +120,7 @@ def scratch(n_repetitions: int, n_buckets: int, n_seen: int, longest: int) -> Sc
         used=np.empty(n_seen, np.int64),
         counts=np.zeros(2, np.int64),
         values_R1=np.empty((R, 1), np.float32),
+        buckets_R=np.empty(R, np.int32),
     )
 
 
@@ -140,6 +146,33 @@ def _codegen_peak(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 def _peak(typing_context: Any, row_B: Any, at: Any) -> Any:
     """Give the maximum of row[at : at + 32]."""
     return types.float32(row_B, types.intp), _codegen_peak
+
+
+def _codegen_from(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    row, at, level = args
+    vector, lane = ir.VectorType(ir.FloatType(), PEAK), ir.IntType(32)
+    data = context.make_array(signature.args[0])(context, builder, row).data
+    values = builder.load(builder.bitcast(builder.gep(data, [at]), vector.as_pointer()), align=4)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), level, ir.Constant(lane, 0))
+    levels = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(lane, PEAK), [0] * PEAK))
+    bits = builder.bitcast(builder.fcmp_ordered(">=", values, levels), ir.IntType(PEAK))
+    return builder.zext(bits, ir.IntType(64))
+
+
+@intrinsic
+def _from(typing_context: Any, row_B: Any, at: Any, level: Any) -> Any:
+    """Give a bit for each of row[at : at + 32], set where it is of a level or more."""
+    return types.int64(row_B, types.intp, types.float32), _codegen_from
+
+
+@intrinsic
+def _lowest(typing_context: Any, bits: Any) -> Any:
+    """Give the place of the lowest bit that is set; there must be one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
 
 
 @jit
@@ -299,16 +332,17 @@ def _find_best(row_B: Float32, peaks_M: Float32, wanted: int, r: int, work: Scra
 
 @jit
 def _sort(keys: Int64) -> None:
-    """Sort a few by insertion, many by the library."""
-    if len(keys) > 64:
+    """Sort some by Shell's method, many by the library."""
+    if len(keys) > 4 * GAPS[0]:
         keys.sort()
         return
-    for i in range(1, len(keys)):
-        key, at = keys[i], i
-        while at > 0 and keys[at - 1] > key:
-            keys[at] = keys[at - 1]
-            at -= 1
-        keys[at] = key
+    for gap in GAPS:
+        for i in range(gap, len(keys)):
+            key, at = keys[i], i
+            while at >= gap and keys[at - gap] > key:
+                keys[at] = keys[at - gap]
+                at -= gap
+            keys[at] = key
 
 
 @jit
@@ -316,12 +350,20 @@ def _collect(row_B: Float32, peaks_M: Float32, level: np.float32, keys: Int64) -
     """Gather the buckets of a level or more as keys, score falling, then bucket; give their number."""
     n = 0
     for m in range(len(peaks_M)):
-        if peaks_M[m] >= level:
-            for b in range(m * PEAK, min((m + 1) * PEAK, len(row_B))):
-                keys[n] = b
-                n += row_B[b] >= level  # without a branch, which would be foretold badly
-    for i in range(n):
-        keys[i] |= -_ordered(row_B[keys[i]]) << 32
+        if not peaks_M[m] >= level:
+            continue
+        if (m + 1) * PEAK <= len(row_B):
+            bits = _from(row_B, m * PEAK, level)
+            while bits:
+                b = m * PEAK + _lowest(bits)
+                bits &= bits - 1
+                keys[n] = (-_ordered(row_B[b]) << 32) | b
+                n += 1
+        else:
+            for b in range(m * PEAK, len(row_B)):
+                if row_B[b] >= level:
+                    keys[n] = (-_ordered(row_B[b]) << 32) | b
+                    n += 1
     return n
 
 
@@ -355,33 +397,42 @@ def _cells_for(work: Scratch, n_touched: float) -> Cells:
 
 @jit
 def _guess(task: Task, work: Scratch, depth: int) -> None:
-    """Score the most promising labels of a few repetitions, at least k of them where there are as many."""
+    """Score the most promising labels of a few repetitions, at least k of them where there are as many.
+
+    Promising by their score if the buckets that are not opened gave a mean score.
+    """
     R = len(task.scores_RB)
-    n_rows = min(R, GUESS_ROWS)
-    _set_floors(work.scores_RB, work.n_R, work.below_R, depth, work.floor_R)
-    widest = 0.0
+    n_rows, widest = min(R, GUESS_ROWS if len(task.top_k) > FEW else GUESS_ROWS // 2), 0.0
     for i in range(n_rows):
         r = i * R // n_rows
+        work.floor_R[r] = min(_mean(task.scores_RB[r, :SAMPLE]), float(work.best_R[r]))
         widest = max(widest, float(work.best_R[r]) - work.floor_R[r])
-    if widest <= 0:
+    if not widest > 0 or not widest < np.inf:
         return
-    scale = FULL / (2 * n_rows + 1) / widest
+    scale = FULL / (n_rows + 1) / widest
     cells = _cells_for(work, n_rows * depth * len_of_bucket(task.inverse))
-    n_open = 0
+    n_open = n_asked = 0
     for i in range(n_rows):
         n_open = _list_buckets(work, i * R // n_rows, depth, scale, n_open)
+        n_asked = n_open if i < ASKED_ROWS else n_asked
     for i in range(n_open):
-        work.amounts[i] = (
-            work.amounts[i] + np.int64(widest * scale)
-        ) & -2  # a hit counts for more than its size; even, to be marked
+        work.amounts[i] &= -2  # even, for the count
     _open(task, work, cells, n_open, FULL + 1, 0.0, 0.0)
-    _count(task, work, cells, n_open)
+    _count(task, work, cells, n_asked)
     wanted, n, at = 2 * (len(task.top_k) + 4 + len(task.without)), 0, BINS
     while at > 0 and n < wanted:
         at -= 1
         n += work.bins[at]
-    work.amounts[:n_open] = 0
-    _open(task, work, cells, n_open, max(1, at * (FULL + 1) // BINS), 0.0, 0.0)
+    work.amounts[:n_asked] = 0
+    _open(task, work, cells, n_asked, max(1, at * (FULL + 1) // BINS), 0.0, 0.0)
+
+
+@jit
+def _mean(values: Float32) -> float:
+    total = 0.0
+    for i in range(len(values)):
+        total += float(values[i])
+    return total / len(values)
 
 
 @jit
@@ -505,6 +556,7 @@ def _offer(task: Task, work: Scratch, n_hits: int) -> None:
     scores_RB, inverse, allowed, top_k, labels_k = task.scores_RB, task.inverse, task.allowed, task.top_k, task.labels_k
     seen, used, counts, values_R1 = work.seen, work.used, work.counts, work.values_R1
     a_R, b_R, p, n_buckets = inverse.a_R, inverse.b_R, inverse.p, np.uint64(inverse.n_buckets)
+    small_a_R, small_b_R, buckets_R = inverse.small_a_R, inverse.small_b_R, work.buckets_R
     mask = len(seen) - 1
     for i in range(n_hits):
         label = work.hits[i]
@@ -523,12 +575,16 @@ def _offer(task: Task, work: Scratch, n_hits: int) -> None:
         counts[0] = n + 1
         if is_excluded(task.without, label):
             continue
-        if inverse.is_arithmetic:
-            for r in range(len(values_R1)):
-                values_R1[r, 0] = scores_RB[r, np.int64((a_R[r] * np.uint64(label) + b_R[r]) % p % n_buckets)]
+        if inverse.is_small:
+            small_buckets(small_a_R, small_b_R, float(p), float(n_buckets), label, buckets_R)
+        elif inverse.is_arithmetic:
+            for r in range(len(buckets_R)):
+                buckets_R[r] = (a_R[r] * np.uint64(label) + b_R[r]) % p % n_buckets
         else:
-            for r in range(len(values_R1)):
-                values_R1[r, 0] = scores_RB[r, np.int64(inverse.table_RK[r, label])]
+            for r in range(len(buckets_R)):
+                buckets_R[r] = inverse.table_RK[r, label]
+        for r in range(len(buckets_R)):
+            values_R1[r, 0] = scores_RB[r, buckets_R[r]]
         score = aggregate_one(values_R1, task.aggregate)
         if is_worse(top_k[0], labels_k[0], score, label):
             replace_worst(top_k, labels_k, score, label)
@@ -538,7 +594,8 @@ def _offer(task: Task, work: Scratch, n_hits: int) -> None:
 def _plan(task: Task, work: Scratch, deepest: int, costs: Costs) -> tuple[int, float]:
     """Give the depth up to `deepest` that certifies theta at the least predicted cost, ns; 0 if none does.
 
-    How many labels will be scored: as if buckets were drawn at random, and each hit were worth the repetition's greatest excess.
+    How many labels will be scored: all of a bucket that suffices alone, and of the others as if buckets were drawn at random and
+    each were worth the excess at a quarter of the depth.
     """
     R, B = task.scores_RB.shape
     theta, K = float(task.top_k[0]), float(task.inverse.n_labels)
@@ -548,23 +605,28 @@ def _plan(task: Task, work: Scratch, deepest: int, costs: Costs) -> tuple[int, f
         _set_floors(work.scores_RB, n_R, work.below_R, depth, floor_R)
         base = _base(floor_R, best_R)
         if base < theta:
-            n_open = 0.0
+            n_open = n_alone = 0.0
             for r in range(R):
                 n_open += min(depth, n_R[r])
-                excess, at = float(best_R[r]) - floor_R[r], r
+                for d in range(min(depth, n_R[r])):
+                    if float(work.scores_RB[r, d]) - floor_R[r] < theta - base:
+                        break
+                    n_alone += 1
+                typical = work.scores_RB[r, depth // 4] if depth // 4 < n_R[r] else work.below_R[r]
+                excess, at = float(typical) - floor_R[r], r
                 while at > 0 and excess_R[at - 1] < excess:
                     excess_R[at] = excess_R[at - 1]
                     at -= 1
                 excess_R[at] = excess
             n_touched = n_open * K / B
-            share = min(SPARE, MAX_CELLS / n_touched)
-            hits, left, alone, together = 0, theta - base, K, n_touched * share
-            while left > 0 and hits < R:
+            share = min(SPARE, MAX_CELLS / max(1.0, n_touched))
+            hits, left, chance, together = 0, theta - base, K, n_touched * share
+            while (left > 0 or hits < 2) and hits < R:
                 left -= excess_R[hits]
-                alone *= (R - hits) / (hits + 1.0) * (n_open / R / B)
+                chance *= (R - hits) / (hits + 1.0) * (n_open / R / B)
                 together *= 1 / share / (hits + 1.0)
                 hits += 1
-            n_scored = 0.0 if left > 0 else alone + (together if hits > 1 else 0.0)
+            n_scored = n_alone * K / B + (0.0 if left > 0 else chance + together)
             ns = costs.open * n_open + costs.touch * n_touched + costs.score * R * n_scored
             if ns < least_ns:
                 chosen, least_ns = depth, ns

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mach.kernels import jit
 
 MAX_PRIME = 2**32  # below it a k + b fits a word
+SMALL_PRIME = 2**26  # below it a k + b fits the 53 bits of a float64
 
 Words = npt.NDArray[np.uint64]
 
@@ -31,6 +32,9 @@ class Inverse(NamedTuple):
     b_R: Words
     back_R: Words  # a**-1 mod p
     step_R: Words  # B a**-1 mod p, from a label of a bucket to the next
+    is_small: bool  # p < 2**26: `small_buckets` holds
+    small_a_R: npt.NDArray[np.float64]
+    small_b_R: npt.NDArray[np.float64]
     table_RK: npt.NDArray[np.unsignedinteger[Any]]
     starts_RB: npt.NDArray[np.int64]  # (R, B + 1)
     ids_RK: npt.NDArray[np.unsignedinteger[Any]]  # the labels of bucket b are ids[r, starts[r, b] : starts[r, b + 1]]
@@ -54,3 +58,28 @@ def first_of_progression(
     """
     label = back * ((bucket + (p - b)) % p) % p
     return label, np.int64((p - bucket + n_buckets - np.uint64(1)) // n_buckets)
+
+
+@jit
+def small_buckets(
+    a_R: npt.NDArray[np.float64],
+    b_R: npt.NDArray[np.float64],
+    p: float,
+    n_buckets: float,
+    label: int,
+    out_R: npt.NDArray[np.int32],
+) -> None:
+    """Give a label's bucket in every row, for p < 2**26, several rows at once where `%` takes them one by one.
+
+    a k + b is exact in float64. Its quotient by a product with 1 / p is at most one off, which the remainder shows.
+    """
+    per_p, per_bucket, k = 1 / p, 1 / n_buckets, float(label)
+    for r in range(len(out_R)):
+        y = a_R[r] * k + b_R[r]
+        y -= np.floor(y * per_p) * p
+        y = y + p if y < 0 else y
+        y = y - p if y >= p else y
+        y -= np.floor(y * per_bucket) * n_buckets
+        y = y + n_buckets if y < 0 else y
+        y = y - n_buckets if y >= n_buckets else y
+        out_R[r] = np.int32(y)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mach.config import Family, TableKind
 from mach.errors import ConfigError, ModelError
 from mach.hashing.families import MAX_LABELS, CarterWegman, Ids, LabelHash, XXHash, make_family, prime_from
-from mach.hashing.inverse import MAX_PRIME, Inverse
+from mach.hashing.inverse import MAX_PRIME, SMALL_PRIME, Inverse
 from mach.kernels import jit
 
 CHUNK = 1 << 18  # labels hashed at a time: temporaries stay below about 10 MiB
@@ -212,7 +212,9 @@ class LabelTable:
         for row in range(len(ids_RK)):
             ids_RK[row], starts_RB[row] = _inverse(table_RK[row], B)
         table_RK.flags.writeable = False  # as array() is: kernels are compiled for one kind
-        return Inverse(K, B, is_arithmetic, np.uint64(p), a_R, b_R, back_R, step_R, table_RK, starts_RB, ids_RK)
+        is_small = is_arithmetic and p < SMALL_PRIME
+        small = (is_small, a_R.astype(np.float64), b_R.astype(np.float64))
+        return Inverse(K, B, is_arithmetic, np.uint64(p), a_R, b_R, back_R, step_R, *small, table_RK, starts_RB, ids_RK)
 
     def positives(self, indptr: npt.NDArray[np.int64], indices: Signed, row: int) -> tuple[npt.NDArray[np.int64], Signed]:
         """Give the distinct buckets of each sample's labels in one row, sorted: two labels that share a bucket count once.
