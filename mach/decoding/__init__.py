@@ -1,15 +1,23 @@
 """Bucket scores of R repetitions -> the k best of K labels, exactly.
 
-    head outputs (N, R, B) -> estimators.bucket_scores, in place -> scan.scan_topk, or the plain top-k of the full head -> TopK
+    head outputs (N, R, B) -> estimators.bucket_scores, in place -> exact.exact_topk: pruned where it pays, else scanned -> TopK
+                                                               or the plain top-k of the full head
 
 `decode_topk` is the one entry. Read `reference` first: it is the truth in loops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
 from mach.config import Estimator, Loss
 from mach.decoding.estimators import Float32, bucket_scores
-from mach.decoding.scan import scan_topk
+from mach.decoding.exact import exact_topk
+from mach.decoding.only import check_exclude, check_restrict
 from mach.decoding.topk import TopK, check_k, topk_identity
 from mach.errors import ConfigError
 from mach.hashing.table import LabelTable
@@ -19,7 +27,15 @@ __all__ = ["TopK", "decode_topk"]
 
 
 def decode_topk(
-    logits_NRB: Float32, table: LabelTable, k: int, *, loss: Loss, estimator: Estimator, n_threads: int = N_THREADS
+    logits_NRB: Float32,
+    table: LabelTable,
+    k: int,
+    *,
+    loss: Loss,
+    estimator: Estimator,
+    restrict: npt.ArrayLike | None = None,
+    exclude: Sequence[npt.ArrayLike] | None = None,
+    n_threads: int = N_THREADS,
 ) -> TopK:
     """Give the k best labels of each sample from the raw outputs of the heads.
 
@@ -27,7 +43,9 @@ def decode_topk(
     take out. The result has the same bits for any number of threads.
 
     Args:    logits_NRB, float32, C-contiguous: overwritten. The rows are the table's repetitions, in its order.
-    Raises:  ConfigError if k is outside [1, K], R or B is not the table's, or an output is not finite (names the repetition).
+             restrict, label ids to choose among, for all samples. exclude, N lists of label ids, what each sample may not find.
+    Raises:  ConfigError if k is outside [1, K], R or B is not the table's, or an output is not finite (names the repetition);
+             if a label is outside [0, K), or fewer than k labels are left to a sample.
     """
     check_k(k, table.n_labels)
     if logits_NRB.shape[1:] != (table.n_repetitions, table.n_buckets):
@@ -39,5 +57,21 @@ def decode_topk(
         estimator = "min"
     scores_NRB = bucket_scores(logits_NRB, loss=loss, estimator=estimator, repetitions=table.repetitions, n_threads=n_threads)
     if table.is_identity:
-        return topk_identity(scores_NRB[:, 0], k, n_threads=n_threads)
-    return scan_topk(scores_NRB, table.array(), k, estimator=estimator, n_threads=n_threads)
+        return _identity(scores_NRB[:, 0], k, restrict, exclude, n_threads)
+    how: dict[str, Any] = {"restrict": restrict, "exclude": exclude, "n_threads": n_threads}
+    return exact_topk(scores_NRB, table, k, estimator=estimator, **how)[0]
+
+
+def _identity(
+    scores_NK: Float32, k: int, restrict: npt.ArrayLike | None, exclude: Sequence[npt.ArrayLike] | None, n_threads: int
+) -> TopK:
+    """Give the plain top-k, of the labels that may be found; overwrites the scores of the others."""
+    N, K = scores_NK.shape
+    subset = None if restrict is None else check_restrict(restrict, K, k)
+    if exclude is not None:
+        lists = check_exclude(exclude, N, K, subset, k)
+        scores_NK[np.repeat(np.arange(N), np.diff(lists.starts)), lists.labels] = -np.inf
+    if subset is None:
+        return topk_identity(scores_NK, k, n_threads=n_threads)
+    found = topk_identity(scores_NK[:, subset], k, n_threads=n_threads)
+    return TopK(subset[found.labels], found.scores)

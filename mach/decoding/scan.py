@@ -19,7 +19,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from mach.config import Estimator
-from mach.decoding.topk import BLOCK, GROUP, Float32, Int64, TopK, check_k, frozen, replace_worst, search
+from mach.decoding.only import Lists, no_lists
+from mach.decoding.topk import BLOCK, GROUP, Float32, Int64, TopK, check_k, frozen, is_excluded, replace_worst, search
 from mach.errors import ConfigError
 from mach.kernels import N_THREADS, jit
 
@@ -30,17 +31,27 @@ MEDIAN_BLOCK = 128  # labels whose R values are held and sorted at once: 4 KiB a
 AGGREGATES = {"mean": SUM, "logits": SUM, "log-probs": SUM, "min": MIN, "median": MEDIAN}
 
 
-def scan_topk(scores_NRB: Float32, table_RK: Buckets, k: int, *, estimator: Estimator, n_threads: int = N_THREADS) -> TopK:
+def scan_topk(
+    scores_NRB: Float32,
+    table_RK: Buckets,
+    k: int,
+    *,
+    estimator: Estimator,
+    without: Lists | None = None,
+    n_threads: int = N_THREADS,
+) -> TopK:
     """Give the k best of all labels, each scored by the sum (mean, logits, log-probs), minimum or median of its buckets.
 
     Holds the result, and R (8 B) + 8 * 4096 floats a thread.
 
     Args:    scores_NRB, float32 from `bucket_scores`, finite; table_RK, unsigned, below B (not checked: it would cost a scan).
+             without, labels that each sample may not find, of which there must be at most K - k.
     Raises:  ConfigError if k is outside [1, K], or the repetitions of scores and table differ.
     """
     check_k(k, table_RK.shape[1])
     _check_repetitions(scores_NRB, table_RK)
-    inputs = (frozen(scores_NRB), frozen(table_RK), AGGREGATES[estimator])
+    starts_N, without_L = without or no_lists(len(scores_NRB))
+    inputs = (frozen(scores_NRB), frozen(table_RK), AGGREGATES[estimator], starts_N, without_L)
     return search(_offer_labels, inputs, len(scores_NRB), table_RK.shape[1], k, n_threads)
 
 
@@ -101,8 +112,9 @@ copy_eight, add_eight, min_eight, above_eight = _eight("copy"), _eight("add"), _
 
 @jit
 def _offer_labels(
-    scores_NRB: Float32, table_RK: Buckets, aggregate: int, first: int, start: int, stop: int, top_Nk: Float32, labels_Nk: Int64
-) -> None:
+    scores_NRB: Float32, table_RK: Buckets, aggregate: int, starts_N: Int64, without_L: Int64,
+    first: int, start: int, stop: int, top_Nk: Float32, labels_Nk: Int64,
+) -> None:  # fmt: skip
     """Push labels [start, stop) of the samples [first, first + 8) into their heaps."""
     n_samples, R = min(GROUP, len(scores_NRB) - first), len(table_RK)
     packed_RBQ = _pack(scores_NRB[first : first + n_samples])
@@ -117,7 +129,9 @@ def _offer_labels(
         for j in range(n_labels):
             if above_eight(values_JQ, j * GROUP, floor_Q, 0):
                 for q in range(n_samples):
-                    if values_JQ[j * GROUP + q] > floor_Q[q]:
+                    if values_JQ[j * GROUP + q] > floor_Q[q] and not is_excluded(
+                        without_L[starts_N[first + q] : starts_N[first + q + 1]], block + j
+                    ):
                         replace_worst(top_Nk[first + q], labels_Nk[first + q], values_JQ[j * GROUP + q], block + j)
                         floor_Q[q] = top_Nk[first + q, 0]
 
@@ -183,18 +197,23 @@ def _exchange(low_n: Float32, high_n: Float32, n: int) -> None:
 
 
 @jit
+def aggregate_one(values_R1: Float32, aggregate: int) -> np.float32:
+    """Score one label from its R bucket scores, which are overwritten, to the bits of the scan."""
+    if aggregate == MEDIAN:
+        _median(values_R1, 1)
+        return values_R1[0, 0]
+    score = values_R1[0, 0]
+    for r in range(1, len(values_R1)):
+        score = score + values_R1[r, 0] if aggregate == SUM else min(score, values_R1[r, 0])
+    return score
+
+
+@jit
 def _score_labels(scores_NRB: Float32, table_RK: Buckets, labels_NM: Int64, aggregate: int, out_NM: Float32) -> None:
     R = len(table_RK)
-    values_R = np.empty((R, 1), dtype=np.float32)
+    values_R1 = np.empty((R, 1), dtype=np.float32)
     for n in range(len(labels_NM)):
         for m in range(labels_NM.shape[1]):
             for r in range(R):
-                values_R[r, 0] = scores_NRB[n, r, table_RK[r, labels_NM[n, m]]]
-            if aggregate == MEDIAN:
-                _median(values_R, 1)
-                out_NM[n, m] = values_R[0, 0]
-                continue
-            score = values_R[0, 0]
-            for r in range(1, R):
-                score = score + values_R[r, 0] if aggregate == SUM else min(score, values_R[r, 0])
-            out_NM[n, m] = score
+                values_R1[r, 0] = scores_NRB[n, r, table_RK[r, labels_NM[n, m]]]
+            out_NM[n, m] = aggregate_one(values_R1, aggregate)

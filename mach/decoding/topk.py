@@ -67,7 +67,7 @@ def search(offer: Callable[..., None], inputs: tuple[Any, ...], n_samples: int, 
         (*inputs, first, cuts[p], cuts[p + 1], scores_PNk[p], labels_PNk[p]) for first in firsts for p in range(n_parts)
     ]  # fmt: skip
     in_threads(offer, tasks, n_threads)
-    in_threads(_finish, [(scores_PNk, labels_PNk, first) for first in firsts], n_threads)
+    in_threads(finish, [(scores_PNk, labels_PNk, first) for first in firsts], n_threads)
     return TopK(labels_PNk[0], scores_PNk[0])
 
 
@@ -100,7 +100,20 @@ def replace_worst(scores_k: Float32, labels_k: Int64, score: float, label: int) 
 
 
 @jit
-def _finish(scores_PNk: Float32, labels_PNk: Int64, first: int) -> None:
+def is_excluded(without: Int64, label: int) -> bool:
+    """Tell whether a label is in a sorted list."""
+    start, end = 0, len(without)
+    while start < end:
+        middle = (start + end) // 2
+        if without[middle] < label:
+            start = middle + 1
+        else:
+            end = middle
+    return start < len(without) and without[start] == label
+
+
+@jit
+def finish(scores_PNk: Float32, labels_PNk: Int64, first: int) -> None:
     """Merge the heaps of all parts into part 0 and sort it, best first, for one group of samples."""
     P, N, k = scores_PNk.shape
     for n in range(first, min(first + GROUP, N)):

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from mach.config import Family, TableKind
 from mach.errors import ConfigError, ModelError
-from mach.hashing.families import MAX_LABELS, CarterWegman, Ids, LabelHash, XXHash, make_family
+from mach.hashing.families import MAX_LABELS, CarterWegman, Ids, LabelHash, XXHash, make_family, prime_from
+from mach.hashing.inverse import MAX_PRIME, SMALL_PRIME, Inverse
 from mach.kernels import jit
 
 CHUNK = 1 << 18  # labels hashed at a time: temporaries stay below about 10 MiB
@@ -181,6 +182,39 @@ class LabelTable:
     @cached_property
     def _inverses(self) -> dict[int, tuple[Held, Ids]]:
         return {}
+
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether both directions are computed, so that `inverse` holds nothing."""
+        return self.family == "carter-wegman" and prime_from(self.n_labels) < MAX_PRIME
+
+    @property
+    def has_inverse(self) -> bool:
+        """Whether `inverse` costs nothing any more."""
+        return self.is_arithmetic or "inverse" in self.__dict__
+
+    @cached_property
+    def inverse(self) -> Inverse:
+        """Give both directions of the table to kernels, computed once, then kept.
+
+        Nothing is held for Carter-Wegman with K up to about 2**32; else `array()` and another 4 R K bytes (8 if K is above 2**32).
+        """
+        R, K, B = self.n_repetitions, self.n_labels, self.n_buckets
+        is_arithmetic = self.is_arithmetic
+        functions = [f for f in self.families if isinstance(f, CarterWegman) and is_arithmetic]
+        p = functions[0].p if is_arithmetic else 1
+        backs = [pow(f.a, -1, p) for f in functions] if is_arithmetic else []
+        words = [[f.a for f in functions], [f.b for f in functions], backs, [back * B % p for back in backs]]
+        a_R, b_R, back_R, step_R = (np.array(w if is_arithmetic else [0] * R, dtype=np.uint64) for w in words)
+        table_RK = np.empty((0, 0), bucket_dtype(B)) if is_arithmetic else self.array()
+        starts_RB = np.empty((0, 0) if is_arithmetic else (R, B + 1), np.int64)
+        ids_RK: Held = np.empty((0, 0) if is_arithmetic else (R, K), np.uint32 if K <= 2**32 else np.uint64)
+        for row in range(len(ids_RK)):
+            ids_RK[row], starts_RB[row] = _inverse(table_RK[row], B)
+        table_RK.flags.writeable = False  # as array() is: kernels are compiled for one kind
+        is_small = is_arithmetic and p < SMALL_PRIME
+        small = (is_small, a_R.astype(np.float64), b_R.astype(np.float64))
+        return Inverse(K, B, is_arithmetic, np.uint64(p), a_R, b_R, back_R, step_R, *small, table_RK, starts_RB, ids_RK)
 
     def positives(self, indptr: npt.NDArray[np.int64], indices: Signed, row: int) -> tuple[npt.NDArray[np.int64], Signed]:
         """Give the distinct buckets of each sample's labels in one row, sorted: two labels that share a bucket count once.

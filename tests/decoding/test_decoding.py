@@ -106,7 +106,9 @@ def test_nothing_of_samples_times_labels_is_held():
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 1 << 20  # (N, K) float32 would be 49 MiB; kernels hold R 8 B + 8 * 4096 floats a thread
+    assert (
+        peak_bytes < 24 << 20
+    )  # (N, K) float32 would be 49 MiB; a search reserves about 12 MiB a thread and touches little of it
 
 
 @pytest.mark.parametrize("k", [0, -1, 51])

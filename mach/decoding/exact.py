@@ -1,0 +1,210 @@
+"""The exact top-k at the least predicted cost: the pruned search where it pays, the scan where it does not; equal bits.
+
+The search (`pruned`) reads R B bucket scores and then only the labels of the best buckets; the scan (`scan`) looks up R K. Which
+is quicker depends on how far the k best stand out, which only the scores tell: each sample is searched until its certificate is
+predicted to cost more than its share of a scan, and such samples are scanned together, eight at a time.
+
+Axes: N samples, R repetitions, B buckets, K labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mach.config import Estimator
+from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, no_lists
+from mach.decoding.pruned import GUESS_ROWS, Costs, Scratch, prune, scratch
+from mach.decoding.scan import AGGREGATES, MEDIAN, scan_topk
+from mach.decoding.topk import GROUP, NO_LABEL, Float32, TopK, check_k, finish, frozen
+from mach.errors import ConfigError
+from mach.hashing.table import LabelTable, bucket_dtype
+from mach.kernels import N_THREADS, in_threads
+
+# ns, one core of an AMD EPYC (Zen 5): fitted by `python experiments/decode/exact.py fit`
+COSTS = Costs(read=0.11, open=50.0, touch=1.2, score=12.0, scan=1.0, median=5.0, invert=80.0)
+
+WASTE = 0.15  # of a scan's time, at most, is risked on searches that may be given up
+FIRST_DEPTH = 128  # the most buckets of a repetition that are looked at before theta is known
+MEMORY_LABELS = 1 << 20  # scored for one sample, at most: 24 MiB a thread
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What proved each sample's k best: numbers of the pruned search, zero where the sample was scanned instead."""
+
+    depth: Int64  # buckets opened in a repetition, at most, (N,); for min and median those of theta or more
+    n_touched: Int64  # labels of opened buckets, each time they were walked, (N,)
+    n_scored: Int64  # labels scored exactly, (N,)
+
+    @property
+    def scanned(self) -> npt.NDArray[np.bool_]:
+        """Whether the sample was scanned, (N,)."""
+        return self.depth == 0
+
+
+def exact_topk(
+    scores_NRB: Float32,
+    table: LabelTable,
+    k: int,
+    *,
+    estimator: Estimator,
+    restrict: npt.ArrayLike | None = None,
+    exclude: Sequence[npt.ArrayLike] | None = None,
+    n_threads: int = N_THREADS,
+    costs: Costs = COSTS,
+) -> tuple[TopK, Certificate]:
+    """Give the k best labels of each sample and what certifies them, to the bits of `scan_topk`.
+
+    Holds, a thread, about 12 MiB and 44 R B bytes, of which it touches little; and, once, what `LabelTable.inverse` holds: nothing
+    for Carter-Wegman. A sample that has to be scanned needs `LabelTable.array`. Costs of 0 for all but the scan forbid the scan
+    where a certificate exists; a scan of cost 0 forbids the search.
+
+    Args:    scores_NRB, float32 from `bucket_scores`, finite. restrict, labels to choose among, for all samples. exclude, N lists
+             of labels that each sample may not find.
+    Raises:  ConfigError if the table is the identity, or does not fit the scores; if a label is outside [0, K); or if fewer than
+             k labels are left to a sample.
+    """
+    N, R, B = scores_NRB.shape
+    K = table.n_labels
+    if table.is_identity:
+        raise ConfigError("the identity table has nothing to prune: take topk_identity")
+    if (R, B) != (table.n_repetitions, table.n_buckets):
+        raise ConfigError(
+            f"scores (N, {R}, {B}) do not fit the table: {table.n_repetitions} repetitions, {table.n_buckets} buckets"
+        )
+    check_k(k, K)
+    subset = None if restrict is None else check_restrict(restrict, K, k)
+    n_allowed = K if subset is None else len(subset)
+    lists = no_lists(N) if exclude is None else check_exclude(exclude, N, K, subset, k)
+    scan_ns = R * n_allowed * (costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan) / max(1, min(N, GROUP))
+    numbers_N3 = np.zeros((N, 3), np.int64)
+    numbers_N3[:, 0] = -1
+    top = TopK(np.full((N, k), NO_LABEL), np.full((N, k), -np.inf, np.float32))
+    if N and _may_pay(table, N, k, scan_ns, n_threads, costs):
+        _search(scores_NRB, table, top, numbers_N3, estimator, Only(*lists, _allowed(subset, K)), scan_ns, n_threads, costs)
+    left = np.flatnonzero(numbers_N3[:, 0] < 0)
+    numbers_N3[left] = 0
+    if len(left):
+        found = _scan(scores_NRB, table, k, left, estimator, subset, lists, n_threads)
+        top.labels[left], top.scores[left] = found.labels, found.scores
+    return top, Certificate(*numbers_N3[:, [0, 2, 1]].T.copy())
+
+
+def _first_depth(k: int, n_buckets: int) -> int:
+    """Give how many buckets of each repetition to look at first: the k best labels are most often among so many."""
+    return max(1, min(8 + 3 * k // 2, FIRST_DEPTH, n_buckets // 16))
+
+
+def _may_pay(table: LabelTable, n_samples: int, k: int, scan_ns: float, n_threads: int, costs: Costs) -> bool:
+    """Tell whether searches can be quicker than scans, and their failures cost less than WASTE of the scans."""
+    R, K, B = table.n_repetitions, table.n_labels, table.n_buckets
+    depth, n_a_bucket = _first_depth(k, B), K / B
+    guess_ns = 2 * costs.touch * min(R, GUESS_ROWS) * depth * n_a_bucket + costs.score * R * 2 * (k + 4)
+    try_ns = costs.read * R * B + costs.open * R * depth + guess_ns
+    n_each = -(-n_samples // n_threads)
+    n_failures = n_each.bit_length()  # the tries of a batch where none succeeds: see `prune`
+    if not table.has_inverse and costs.invert * R * K > n_samples * scan_ns:
+        return False
+    return try_ns + costs.touch * R * n_a_bucket < scan_ns and try_ns * n_failures <= WASTE * scan_ns * n_each
+
+
+def _allowed(subset: Int64 | None, n_labels: int) -> npt.NDArray[np.uint8]:
+    if subset is None:
+        return np.zeros(0, np.uint8)
+    allowed_K = np.zeros(n_labels, np.uint8)
+    allowed_K[subset] = 1
+    return allowed_K
+
+
+def _search(
+    scores_NRB: Float32, table: LabelTable, top: TopK, numbers_N3: Int64, estimator: Estimator,
+    only: Only, scan_ns: float, n_threads: int, costs: Costs,
+) -> None:  # fmt: skip
+    """Run the pruned search on all threads, a run of samples each, and sort what it found."""
+    (N, k), (R, B) = top.labels.shape, scores_NRB.shape[1:]
+    inverse, frozen_NRB, depth = table.inverse, frozen(scores_NRB), _first_depth(k, B)
+    n_seen = 1 << max(12, math.ceil(math.log2(64 * k + min(MEMORY_LABELS, table.n_labels // 32))))
+    n_each = -(-N // n_threads)
+    sizes = (R, B, n_seen, longest_bucket(table))
+    firsts = range(0, N, n_each)
+    works = [_take(sizes) for _ in firsts]
+    tasks: list[tuple[Any, ...]] = [
+        (
+            frozen_NRB,
+            inverse,
+            AGGREGATES[estimator],
+            depth,
+            costs,
+            scan_ns,
+            only,
+            work,
+            first,
+            min(first + n_each, N),
+            top.scores,
+            top.labels,
+            numbers_N3,
+        )
+        for first, work in zip(firsts, works, strict=True)
+    ]
+    in_threads(prune, tasks, n_threads)
+    for work in works:
+        _keep(sizes, work)
+    for first in range(0, N, GROUP):
+        finish(top.scores[None], top.labels[None], first)
+
+
+_Sizes = tuple[int, int, int, int]
+_idle: list[tuple[_Sizes, Scratch]] = []  # memory of calls that are over: fresh pages would double the time of a single sample
+
+
+def _take(sizes: _Sizes) -> Scratch:
+    """Give memory of these sizes, an earlier call's if there is some; memory of other sizes is let go."""
+    while _idle:
+        try:
+            held, work = _idle.pop()  # atomic, as callers may be threads
+        except IndexError:
+            break
+        if held == sizes:
+            return work
+    return scratch(*sizes)
+
+
+def _keep(sizes: _Sizes, work: Scratch) -> None:
+    if len(_idle) < N_THREADS:
+        _idle.append((sizes, work))
+
+
+def longest_bucket(table: LabelTable) -> int:
+    """Give the number of labels in the fullest bucket, or a little more."""
+    if table.is_arithmetic:
+        return int(table.inverse.p) // table.n_buckets + 1
+    return int(np.diff(table.inverse.starts_RB, axis=1).max())
+
+
+def _scan(
+    scores_NRB: Float32, table: LabelTable, k: int, samples: Int64, estimator: Estimator,
+    subset: Int64 | None, lists: Lists, n_threads: int,
+) -> TopK:  # fmt: skip
+    """Scan some of the samples, over the subset alone where there is one."""
+    rows = [lists.labels[lists.starts[n] : lists.starts[n + 1]] for n in samples]
+    if subset is not None:
+        rows = [np.searchsorted(subset, row) for row in rows]
+    starts = np.zeros(len(samples) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=starts[1:])
+    without = Lists(starts, np.concatenate([*rows, np.zeros(0, np.int64)]))
+    if subset is None:
+        table_RM = table.array()
+    elif table.is_arithmetic:
+        dtype = bucket_dtype(table.n_buckets)
+        table_RM = np.stack([table.buckets(subset, row).astype(dtype) for row in range(table.n_repetitions)])
+    else:
+        table_RM = np.ascontiguousarray(table.array()[:, subset])
+    picked_NRB = scores_NRB if len(samples) == len(scores_NRB) else scores_NRB[samples]
+    found = scan_topk(picked_NRB, table_RM, k, estimator=estimator, without=without, n_threads=n_threads)
+    return found if subset is None else TopK(subset[found.labels], found.scores)
