@@ -133,6 +133,20 @@ def test_a_full_disk_leaves_no_piece(run, tiny, tmp_path, monkeypatch):
     assert theirs.exists() and not ours.exists()
 
 
+def test_a_record_never_speaks_of_other_arrays(run, tiny, tmp_path, monkeypatch):
+    """A broken piece is written again: what dies after the new arrays and before the new record leaves no old one."""
+    piece = write_scores(run, tiny, tmp_path, split="test", repetition=0)
+    piece.file("outputs").write_bytes(b"broken")
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scores, "write_json", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_scores(run, tiny, tmp_path, split="test", repetition=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["scores-000.0-of-1.outputs.npy"]
+
+
 def test_label_names_go_along(tiny, tmp_path):
     data = write_dataset(
         tmp_path / "data", {s: (tiny.split(s).features.to_scipy(), tiny.split(s).labels.to_scipy()) for s in ("train", "test")},
