@@ -101,7 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--split", default="test")
     predict.add_argument("--top-k", type=int, help="labels a sample (default 100, or all K if they are fewer)")
     predict.add_argument("--out", required=True, help="the Parquet file: columns row, labels, scores")
+    predict.add_argument("--workers", type=int, help="processes (default: one a GPU, or one)")
+    _add_choice(predict)
     _add_asking(predict)
+
+    score = command("score", _score, "Write what one repetition says of one shard of a split's samples, for `mach decode`.")
+    score.add_argument("model", metavar="RUN", help="a run folder")
+    score.add_argument("data", help="a data set")
+    score.add_argument("--split", default="test")
+    score.add_argument("--repetition", type=int, required=True, metavar="r", help="its number")
+    score.add_argument("--shard", default="0/1", metavar="i/n", help="which of n shards, from 0/n on (default 0/1: all)")
+    score.add_argument("--top-buckets", type=int, metavar="m", help="keep each sample's m best buckets and what bounds the rest")
+    score.add_argument("--out", required=True, help="a folder, perhaps of other scores")
+    score.add_argument("--device", default="auto", help="auto, cpu or cuda:i")
+
+    decode = command("decode", _decode, "Write the best labels of a split's samples from what `mach score` wrote.")
+    decode.add_argument("scores", nargs="+", metavar="FOLDER", help="what `mach score` wrote")
+    decode.add_argument("--top-k", type=int, help="labels a sample (default 100, or all K if they are fewer)")
+    decode.add_argument("--out", required=True, help="the Parquet file: columns row, labels, scores, and perhaps certified")
+    _add_choice(decode)
+    decode.add_argument("--estimator", default="logits", choices=get_args(Estimator), help="how bucket scores make a label's")
+    decode.add_argument("--repetitions", help="decode with some of the repetitions only: a count, or numbers such as 0-7")
+    decode.add_argument("--redo", nargs=2, metavar=("RUN", "DATA"), help="compute again, in full, rows that are not certified")
+    decode.add_argument("--device", default="auto", help="auto, cpu or cuda:i, for --redo")
 
     evaluate = command("evaluate", _evaluate, "Measure predictions against the truth.")
     evaluate.add_argument("predictions", help="what `mach predict` wrote")
@@ -180,6 +202,13 @@ def _add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", help="decode with some of the repetitions only: a count, or numbers such as 0-7")
     parser.add_argument("--skip-broken", action="store_true", help="leave out repetitions that are missing or broken")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda:i")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--restrict", metavar="FILE", help="labels to choose among: an id or name a line, or an npy of ids")
+    parser.add_argument(
+        "--exclude", metavar="FILE", help="labels that each sample may not find: a line each, between commas, or a CSR npz"
+    )
 
 
 def _count(text: str) -> int:
@@ -278,31 +307,80 @@ def _repetitions(n: int) -> str:
 
 def _load(args: argparse.Namespace) -> Any:
     from mach.store import Run
+
+    return Run.open(args.model).load(_numbers(args.repetitions), skip_broken=args.skip_broken, device=args.device)
+
+
+def _numbers(text: str | None) -> list[int] | None:
     from mach.store.folder import parse_repetitions
 
-    numbers = parse_repetitions(args.repetitions) if args.repetitions else None
-    run = Run.open(args.model)
-    return run, run.load(numbers, skip_broken=args.skip_broken, device=args.device)
+    return parse_repetitions(text) if text else None
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from mach.data import Dataset
-    from mach.store.predictions import write_predictions
+    from mach.parallel.offline import predict
 
-    run, model = _load(args)
-    dataset = Dataset.open(args.data)
     with _bar("predicting") as progress:
-        write_predictions(
-            model,
-            dataset,
-            args.split,
+        n_rows = predict(
+            args.model,
+            args.data,
             args.out,
-            k=min(100, model.sizes.n_labels) if args.top_k is None else args.top_k,
+            split=args.split,
+            k=args.top_k,
             estimator=args.estimator,
-            run_key=run.manifest["key"],
+            repetitions=_numbers(args.repetitions),
+            skip_broken=args.skip_broken,
+            restrict=args.restrict,
+            exclude=args.exclude,
+            device=args.device,
+            workers=args.workers,
             progress=progress,
         )
-    _say(f"{args.out}: {dataset.split(args.split).n_samples:,} rows")
+    _say(f"{args.out}: {n_rows:,} rows")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from mach.data import Dataset
+    from mach.store import Run
+    from mach.store.scores import parse_shard, write_scores
+
+    with _bar("scoring") as progress:
+        piece = write_scores(
+            Run.open(args.model),
+            Dataset.open(args.data),
+            args.out,
+            split=args.split,
+            repetition=args.repetition,
+            shard=parse_shard(args.shard),
+            top_buckets=args.top_buckets,
+            device=args.device,
+            progress=progress,
+        )
+    start, stop = piece.record["rows"]
+    n_bytes = sum(known["bytes"] for known in piece.record["files"].values())
+    _say(f"{args.out}: {piece.name}, {stop - start:,} rows, {n_bytes:,} bytes")
+
+
+def _decode(args: argparse.Namespace) -> None:
+    from mach.data import Dataset
+    from mach.store import Run
+    from mach.store.decode import decode
+
+    with _bar("decoding") as progress:
+        n_rows, n_uncertified = decode(
+            args.scores,
+            args.out,
+            k=args.top_k,
+            estimator=args.estimator,
+            repetitions=_numbers(args.repetitions),
+            restrict=args.restrict,
+            exclude=args.exclude,
+            redo=(Run.open(args.redo[0]), Dataset.open(args.redo[1])) if args.redo else None,
+            device=args.device,
+            progress=progress,
+        )
+    unsure = f", {n_uncertified:,} of them not certified; --redo RUN DATA computes those in full" if n_uncertified else ""
+    _say(f"{args.out}: {n_rows:,} rows{unsure}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -320,7 +398,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _ask(args: argparse.Namespace) -> None:
-    _, model = _load(args)
+    model = _load(args)
     estimator = args.estimator
     if (estimator, model.config.loss, args.json) == ("logits", "softmax", False):
         estimator = "log-probs"  # ranks alike, and can be drawn as a probability

@@ -34,10 +34,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def clear_leftovers(*folders: Path) -> None:
-    """Delete the temporary files that killed processes of this machine left in some folders."""
+def clear_leftovers(*folders: Path, prefix: str = "") -> None:
+    """Delete the temporary files that killed processes of this machine left in some folders, of names that begin so."""
     for folder in folders:
-        for file in folder.glob(".*.tmp"):
+        for file in folder.glob(f".{prefix}*.tmp"):
             number = file.name.split(".")[-2]
             if number.isdecimal() and not is_running(int(number)):
                 file.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from mach.config import Config, Estimator, Loss, Precision
 from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
+from mach.decoding.only import check_exclude, check_restrict
 from mach.encoders import MLP, DenseBatch, Dropout, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
 from mach.hashing import LabelTable
@@ -222,25 +224,44 @@ class Model:
     def _feature_buckets(self) -> np.ndarray | None:
         return feature_buckets(self.config, self.sizes, self.table.repetitions)
 
-    def predict_topk(self, X: Any, k: int = 5, *, estimator: Estimator = DEFAULT_ESTIMATOR) -> TopK:
+    def predict_topk(
+        self,
+        X: Any,
+        k: int = 5,
+        *,
+        estimator: Estimator = DEFAULT_ESTIMATOR,
+        restrict: npt.ArrayLike | None = None,
+        exclude: Sequence[npt.ArrayLike] | None = None,
+    ) -> TopK:
         """Give the k best labels of each sample, best first, ties by the smaller label id.
 
         Args:    X, N samples: scipy sparse or numpy (N, F), `mach.data.CSR`, or texts if the model was trained on text.
                  estimator, how a label's score is made of its buckets' (`mach.decoding`).
+                 restrict, label ids to choose among, for all samples. exclude, N lists of label ids, what each sample may not
+                 find.
         Returns: TopK(labels int64 (N, k), scores float32 (N, k)).
-        Raises:  ConfigError if k is outside [1, K]; DataError if X has another number of features, or is text and the
-                 model was not trained on text.
+        Raises:  ConfigError if k is outside [1, K], a label outside [0, K), or fewer than k labels are left to a sample;
+                 DataError if X has another number of features, or is text and the model was not trained on text.
         """
         features = self.features_of(X)
-        parts = [
-            decode_topk(self.bucket_logits(rows), self.table, k, loss=self.config.loss, estimator=estimator)
-            for rows in self.row_chunks(features)
-        ]
+        subset = None if restrict is None else check_restrict(restrict, self.sizes.n_labels, k)
+        lists = None if exclude is None else check_exclude(exclude, len(features), self.sizes.n_labels, subset, k)
+        without = None if lists is None else np.split(lists.labels, lists.starts[1:-1])
+        parts, start = [], 0
+        for rows in self.row_chunks(features):
+            how: dict[str, Any] = {"estimator": estimator, "restrict": subset}
+            if without is not None:
+                how["exclude"] = without[start : start + len(rows)]
+            parts.append(decode_topk(self.bucket_logits(rows), self.table, k, loss=self.config.loss, **how))
+            start += len(rows)
         return TopK(np.concatenate([p.labels for p in parts]), np.concatenate([p.scores for p in parts]))
 
-    def row_chunks(self, features: CSR | np.ndarray) -> Iterator[CSR | np.ndarray]:
-        """Cut samples into runs whose bucket scores take at most 64 MiB; at least one run, perhaps empty."""
-        n = max(1, SCORE_BYTES // (4 * len(self.repetitions) * self.sizes.n_buckets))
+    def row_chunks(self, features: CSR | np.ndarray, n_repetitions: int | None = None) -> Iterator[CSR | np.ndarray]:
+        """Cut samples into runs whose bucket scores take at most 64 MiB; at least one run, perhaps empty.
+
+        For `n_repetitions` instead of those held: products of the same shapes round alike.
+        """
+        n = chunk_rows(len(self.repetitions) if n_repetitions is None else n_repetitions, self.sizes.n_buckets)
         for start in range(0, max(1, len(features)), n):
             rows = np.arange(start, min(start + n, len(features)))
             yield take(features, rows)
@@ -267,6 +288,11 @@ class Model:
     def name_of(self, label: int) -> str:
         """Give a label's name, or its id if labels are only numbers."""
         return str(label) if self.label_names is None else self.label_names[label]
+
+
+def chunk_rows(n_repetitions: int, n_buckets: int) -> int:
+    """Give how many samples' bucket scores are held at once: at most 64 MiB of them, at least one sample's."""
+    return max(1, SCORE_BYTES // (4 * n_repetitions * n_buckets))
 
 
 def _refuse_infinite(features: CSR | np.ndarray) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -141,7 +142,7 @@ def test_help_is_light_and_quick():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
-    commands = "prepare train predict evaluate ask compare inspect verify plan"
+    commands = "prepare train predict score decode evaluate ask compare inspect verify plan"
     assert re.findall(r"^    ([a-z]+) ", done.stdout, flags=re.M) == commands.split()
 
 
@@ -155,7 +156,7 @@ def test_it_is_a_module_and_a_closed_pipe_is_no_trouble():
 
 
 def test_each_command_explains_itself(mach):
-    for command in ("prepare", "train", "predict", "evaluate", "ask", "compare", "inspect", "verify", "plan"):
+    for command in ("prepare", "train", "predict", "score", "decode", "evaluate", "ask", "compare", "inspect", "verify", "plan"):
         status, out, _ = mach(command, "--help")
         assert status == 0 and out.startswith(f"usage: mach {command} ")
     _, out, _ = mach("train", "--help")
@@ -376,6 +377,67 @@ def test_predict_bad_input(fails, run, tiny, text, tmp_path):
     predict_fails("device='cpu:0' must be", "--device", "cpu:0")
     predict_fails("is a folder; give the name of the file", out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_with_workers_among_some_labels(works, fails, run, tiny, tmp_path):
+    (tmp_path / "some").write_text("3\n5\n7\n11\n")
+    (tmp_path / "bought").write_text("3,5\n" + "\n" * 59)
+    choice = ["--restrict", tmp_path / "some", "--exclude", tmp_path / "bought", "--top-k", "2"]
+    for workers in (1, 2):
+        out = works("predict", run, tiny.path, "--out", tmp_path / f"p{workers}", *choice, "--workers", workers)
+        assert out == f"{tmp_path}/p{workers}: 60 rows\n"
+    assert (tmp_path / "p1").read_bytes() == (tmp_path / "p2").read_bytes()
+    labels = pq.read_table(tmp_path / "p1")["labels"].to_pylist()
+    assert sorted(labels[0]) == [7, 11] and {label for row in labels for label in row} <= {3, 5, 7, 11}
+    predict = ["predict", run, tiny.path, "--out", tmp_path / "q"]
+    fails("bought:1: leaves 38 labels to find k=40 among", *predict, "--exclude", tmp_path / "bought")
+    fails("some: has 4 lines for 60 samples; give one each", *predict, "--exclude", tmp_path / "some")
+    fails("bought:1: '3,5' is no label id", *predict, "--restrict", tmp_path / "bought")
+    fails("workers=0 must be at least 1", *predict, "--workers", "0")
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_a_stopped_prediction_says_how_to_go_on(mach, works, run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "GROUP_ROWS", 25)
+    real = predictions.Parts.write
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+
+    def write(self, part, *args):
+        real(self, part, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    predict = ["predict", run, tiny.path, "--out", tmp_path / "p"]
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions.Parts, "write", write)
+        line = f"\nmach predict: {tmp_path}/p: stopped after 25 of 60 rows; go on with the same command\n"
+        assert mach(*predict) == (130, "", line)
+    signal.signal(signal.SIGINT, before)
+    works(*predict)
+
+
+def test_score_and_decode(works, fails, run, tiny, tmp_path):
+    works("predict", run, tiny.path, "--top-k", "3", "--out", tmp_path / "p", "--estimator", "mean")
+    for i in range(2):
+        for r, options in ((0, []), (1, ["--device", "cpu"])):
+            score = ["score", run, tiny.path, "--repetition", r, "--shard", f"{i}/2", "--out", tmp_path / f"s{r}", *options]
+            assert works(*score) == f"{tmp_path}/s{r}: repetition {r}, shard {i}/2, 30 rows, {30 * 13 * 4 + 128:,} bytes\n"
+    decode = ["decode", tmp_path / "s0", tmp_path / "s1", "--top-k", "3"]
+    assert works(*decode, "--out", tmp_path / "d", "--estimator", "mean") == f"{tmp_path}/d: 60 rows\n"
+    assert pq.read_table(tmp_path / "d").equals(pq.read_table(tmp_path / "p"))
+    assert works("evaluate", tmp_path / "d", tiny.path).splitlines()[1:] == works(
+        "evaluate", tmp_path / "p", tiny.path).splitlines()[1:]  # fmt: skip
+    fails("s0: lacks repetition 1, shards 0, 1 of 2", "decode", tmp_path / "s0", "--out", tmp_path / "e")
+    fails("shard='2/2' must be i/n", "score", run, tiny.path, "--repetition", 0, "--shard", "2/2", "--out", tmp_path / "s0")
+    fails("repetition 7 is missing", "score", run, tiny.path, "--repetition", 7, "--out", tmp_path / "s0")
+    for r in range(2):
+        works("score", run, tiny.path, "--repetition", r, "--top-buckets", "5", "--out", tmp_path / "t")
+    decode = ["decode", tmp_path / "t", "--top-k", "3", "--out"]
+    words = r"d5: 60 rows, \d+ of them not certified; --redo RUN DATA computes those in full\n"
+    assert re.fullmatch(f"{tmp_path}/{words}", works(*decode, tmp_path / "d5"))
+    assert works(*decode, tmp_path / "r5", "--redo", run, tiny.path) == f"{tmp_path}/r5: 60 rows\n"
+    (tmp_path / "some").write_text("3\n5\n7\n")
+    works(*decode, tmp_path / "c5", "--redo", run, tiny.path, "--repetitions", "0-0", "--restrict", tmp_path / "some")
+    assert sorted(pq.read_table(tmp_path / "c5")["labels"][0].as_py()) == [3, 5, 7]
 
 
 def test_evaluate_prints_percentages_in_the_order_people_read_them(works, predicted, tiny):

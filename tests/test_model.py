@@ -108,6 +108,40 @@ def test_chunks_of_samples_change_nothing_that_shows(trained, tiny, monkeypatch)
     np.testing.assert_allclose(whole.scores, in_parts.scores, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["logits", "mean", "min"])
+def test_a_choice_of_labels_is_that_of_brute_force(trained, tiny, monkeypatch, estimator):
+    """Also where samples are decoded a few at a time."""
+    X, rng = tiny.split("test").features, np.random.default_rng(0)
+    subset, without = rng.choice(40, 25, replace=False), [rng.choice(40, rng.integers(0, 12)) for _ in range(60)]
+    every = trained.predict_topk(X, 40, estimator=estimator)
+    monkeypatch.setattr(model_module, "SCORE_BYTES", 4 * 3 * 13 * 7)
+
+    def brute(allowed, lists, k):
+        kept = [[i for i, label in enumerate(row) if label in allowed and label not in out] for row, out in
+                zip(every.labels.tolist(), lists, strict=True)]  # fmt: skip
+        return [every.labels[n, places[:k]].tolist() for n, places in enumerate(kept)]
+
+    def labels(**only):
+        return trained.predict_topk(X, 5, estimator=estimator, **only).labels.tolist()
+
+    assert labels(restrict=subset) == brute(subset, [[]] * 60, 5)
+    assert labels(exclude=without) == brute(range(40), without, 5)
+    assert labels(restrict=subset, exclude=without) == brute(subset, without, 5)
+
+
+def test_a_choice_that_cannot_be_names_the_sample(trained, tiny, monkeypatch):
+    monkeypatch.setattr(model_module, "SCORE_BYTES", 4 * 3 * 13 * 7)
+    X, without = tiny.split("test").features, [[] for _ in range(60)]
+    with pytest.raises(ConfigError, match="exclude holds 59 lists of labels, but there are 60 samples: give one each"):
+        trained.predict_topk(X, 5, exclude=without[:-1])
+    with pytest.raises(ConfigError, match=r"exclude\[33\]: labels must lie in \[0, 40\), got 40..40"):
+        trained.predict_topk(X, 5, exclude=[*without[:33], [40], *without[34:]])
+    with pytest.raises(ConfigError, match="k=5 is above the 4 labels that sample 33 is left with"):
+        trained.predict_topk(X, 5, exclude=[*without[:33], range(36), *without[34:]])
+    with pytest.raises(ConfigError, match=r"k=5 must lie in \[1, 2\], the number of different labels in restrict"):
+        trained.predict_topk(X, 5, restrict=[1, 1, 2])
+
+
 def test_another_number_of_features_is_named(trained, trained_dense):
     for model in (trained, trained_dense):
         for X in (np.zeros((2, 49)), sp.csr_array((2, 49)), CSR.from_scipy(sp.csr_array((2, 49)))):

@@ -3,7 +3,8 @@
     head outputs (N, R, B) -> estimators.bucket_scores, in place -> exact.exact_topk: pruned where it pays, else scanned -> TopK
                                                                or the plain top-k of the full head
 
-`decode_topk` is the one entry. Read `reference` first: it is the truth in loops.
+`decode_topk` is the one entry, `decode_scores` its second half, for who holds bucket scores already. Read `reference` first: it
+is the truth in loops.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mach.errors import ConfigError
 from mach.hashing.table import LabelTable
 from mach.kernels import N_THREADS
 
-__all__ = ["TopK", "decode_topk"]
+__all__ = ["TopK", "decode_scores", "decode_topk"]
 
 
 def decode_topk(
@@ -48,18 +49,46 @@ def decode_topk(
              if a label is outside [0, K), or fewer than k labels are left to a sample.
     """
     check_k(k, table.n_labels)
-    if logits_NRB.shape[1:] != (table.n_repetitions, table.n_buckets):
-        raise ConfigError(
-            f"head outputs of shape {logits_NRB.shape} do not fit the table: they must be "
-            f"(N, {table.n_repetitions}, {table.n_buckets}), its repetitions and buckets"
-        )
-    if table.is_identity and estimator == "mean":
-        estimator = "min"
+    _check_fits(logits_NRB, table)
+    estimator = estimator_for(table, estimator)
     scores_NRB = bucket_scores(logits_NRB, loss=loss, estimator=estimator, repetitions=table.repetitions, n_threads=n_threads)
+    how: dict[str, Any] = {"restrict": restrict, "exclude": exclude, "n_threads": n_threads}
+    return decode_scores(scores_NRB, table, k, estimator=estimator, **how)
+
+
+def estimator_for(table: LabelTable, estimator: Estimator) -> Estimator:
+    """Give the estimator that stands for another in this table: "min" for "mean" in the identity, where it is P itself."""
+    return "min" if table.is_identity and estimator == "mean" else estimator
+
+
+def decode_scores(
+    scores_NRB: Float32,
+    table: LabelTable,
+    k: int,
+    *,
+    estimator: Estimator,
+    restrict: npt.ArrayLike | None = None,
+    exclude: Sequence[npt.ArrayLike] | None = None,
+    n_threads: int = N_THREADS,
+) -> TopK:
+    """Give the k best labels of each sample from what `bucket_scores` gave for `estimator_for` this table; see `decode_topk`.
+
+    With the identity table the scores of excluded labels are overwritten.
+    """
+    check_k(k, table.n_labels)
+    _check_fits(scores_NRB, table)
     if table.is_identity:
         return _identity(scores_NRB[:, 0], k, restrict, exclude, n_threads)
     how: dict[str, Any] = {"restrict": restrict, "exclude": exclude, "n_threads": n_threads}
     return exact_topk(scores_NRB, table, k, estimator=estimator, **how)[0]
+
+
+def _check_fits(outputs_NRB: Float32, table: LabelTable) -> None:
+    if outputs_NRB.shape[1:] != (table.n_repetitions, table.n_buckets):
+        raise ConfigError(
+            f"head outputs of shape {outputs_NRB.shape} do not fit the table: they must be "
+            f"(N, {table.n_repetitions}, {table.n_buckets}), its repetitions and buckets"
+        )
 
 
 def _identity(

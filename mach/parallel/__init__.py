@@ -1,6 +1,7 @@
-"""Who trains what, and the runner that has it done."""
+"""Who trains what and predicts what, and the runners that have it done."""
 
+from mach.parallel.offline import predict
 from mach.parallel.plan import plan_groups
 from mach.parallel.runners import train
 
-__all__ = ["plan_groups", "train"]
+__all__ = ["plan_groups", "predict", "train"]

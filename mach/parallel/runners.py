@@ -61,7 +61,7 @@ def train(
     """
     wanted = _wanted(config, repetitions)
     folder, temporary = (Path(out), None) if out is not None else _temporary()
-    devices = _devices(device)
+    devices = devices_of(device)
     n_workers = len(devices) if workers is None else workers
     if n_workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
@@ -246,7 +246,7 @@ def _refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int)
         )
 
 
-def _devices(name: str) -> list[str]:
+def devices_of(name: str) -> list[str]:
     """Give the devices that a name stands for: every GPU for `auto`, where there are any."""
     n_gpus = torch.cuda.device_count()
     return [f"cuda:{i}" for i in range(n_gpus)] if name == "auto" and n_gpus else [str(resolve_device(name))]

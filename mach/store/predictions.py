@@ -1,27 +1,37 @@
 """Predictions on disk: a Parquet file of columns row, labels list<int64>, scores list<float32>, best label first.
 
-A job writes row groups one by one as small finished files and joins them at the end, so a killed job goes on where it was,
-and the file at `out` is whole or absent. Nothing of size N K, nor N k, is held.
+A job writes row groups one by one as small finished files, its parts, in any order and by any number of processes, and joins
+them at the end, so a killed job goes on where it was, and the file at `out` is whole or absent. Nothing of size N K, nor N k, is
+held. One file, not a folder of parts: it is what `mach evaluate` and other readers have always been given, and joining copies it
+once.
+
+Rows of `mach decode` from truncated scores have one more column, `certified` (bool): whether the row is proved to be the answer
+of full scores.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from mach.config import Estimator
-from mach.data import Dataset, take
+from mach.data import Dataset, Split, take
+from mach.data.lists import LabelLists, Names, read_labels
 from mach.decoding import TopK
 from mach.errors import DataError
-from mach.files import atomic
+from mach.files import atomic, clear_leftovers
 from mach.model import Model
 
 GROUP_ROWS = 8192  # samples of a row group, and of the work a killed job can lose
@@ -29,6 +39,199 @@ KEY = b"mach"
 SCHEMA = pa.schema(
     [("row", pa.int64()), ("labels", pa.list_(pa.int64())), ("scores", pa.list_(pa.float32()))],
 )
+CERTIFIED = pa.field("certified", pa.bool_())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which labels a job may find: a subset for all samples, and for each sample all but some. Read from files."""
+
+    restrict: npt.NDArray[np.int64] | None = None
+    exclude: LabelLists | None = None
+
+    @classmethod
+    def read(
+        cls,
+        n_samples: int,
+        n_labels: int,
+        label_names: Sequence[str] | None,
+        *,
+        restrict: str | Path | None = None,
+        exclude: str | Path | None = None,
+    ) -> Choice:
+        """Read the files that say so, where there are any; see `mach.data.lists`.
+
+        Raises: DataError naming the file, and the line where there is one.
+        """
+        names = Names(n_labels, label_names)
+        lists = None if exclude is None else LabelLists(exclude, n_samples, names)
+        return cls(None if restrict is None else read_labels(restrict, names), lists)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Give what identifies the choice; nothing if it leaves all labels."""
+        found = {} if self.restrict is None else {"restrict": xxhash.xxh3_128_hexdigest(self.restrict.tobytes())}
+        return found if self.exclude is None else found | {"exclude": self.exclude.key}
+
+    def default_k(self, n_labels: int) -> int:
+        """Give how many labels a sample gets if nobody says: 100, or all there are."""
+        return min(100, n_labels if self.restrict is None else len(self.restrict))
+
+    def check(self, n_samples: int, n_labels: int, k: int) -> None:
+        """Read all there is once, so that a mistake in a late line does not end a long job; see `of`."""
+        if self.exclude is not None:
+            for start in range(0, n_samples, GROUP_ROWS):
+                self.of(start, min(start + GROUP_ROWS, n_samples), n_labels, k)
+
+    def of(self, start: int, stop: int, n_labels: int, k: int) -> dict[str, Any]:
+        """Give `restrict` and `exclude` of the samples [start, stop), as decoding takes them.
+
+        Raises: DataError naming file and line where a word is no label, or fewer than k labels are left to a sample.
+        """
+        if self.exclude is None:
+            return {"restrict": self.restrict}
+        lists = self.exclude.rows(start, stop)
+        n_allowed = n_labels if self.restrict is None else len(self.restrict)
+        for sample, labels in enumerate(lists, start):
+            n_out = len(labels) if self.restrict is None else int(np.isin(labels, self.restrict, assume_unique=True).sum())
+            if k > n_allowed - n_out:
+                raise DataError(f"{self.exclude.where(sample)}: leaves {n_allowed - n_out} labels to find k={k} among")
+        return {"restrict": self.restrict, "exclude": lists}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A prediction file in the making: the rows [cuts[i], cuts[i + 1]) are its row group i, and a file in a folder beside it."""
+
+    out: Path
+    facts: Mapping[str, Any]
+    cuts: tuple[int, ...]
+    with_certified: bool = False
+
+    @cached_property
+    def folder(self) -> Path:
+        """Give where finished parts lie until they are joined."""
+        return self.out.with_name(self.out.name + ".parts")
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Give the columns, and the facts as metadata."""
+        schema = SCHEMA.append(CERTIFIED) if self.with_certified else SCHEMA
+        return schema.with_metadata({KEY: json.dumps(self.facts).encode()})
+
+    @property
+    def n_rows(self) -> int:
+        """Give the rows of the file."""
+        return self.cuts[-1]
+
+    def file(self, part: int) -> Path:
+        """Give where a part lies."""
+        return self.folder / f"rows-{self.cuts[part]:012d}.parquet"
+
+    def rows(self, part: int) -> npt.NDArray[np.int64]:
+        """Give the rows of a part."""
+        return np.arange(self.cuts[part], self.cuts[part + 1])
+
+    def left(self) -> list[int]:
+        """Give the parts that are not finished: absent, or not whole.
+
+        Raises: DataError if there are parts of another job, which are somebody's work: says what differs.
+        """
+        n_rows = {file: self._n_rows(file) for file in self.folder.glob("rows-*.parquet")}
+        return [part for part in range(len(self.cuts) - 1) if n_rows.get(self.file(part)) != len(self.rows(part))]
+
+    def write(self, part: int, top: TopK, certified: npt.NDArray[np.bool_] | None = None) -> None:
+        """Write a part, whole or not at all."""
+        offsets = np.arange(len(top.labels) + 1, dtype=np.int32) * top.labels.shape[1]
+        labels = pa.ListArray.from_arrays(offsets, top.labels.ravel())
+        scores = pa.ListArray.from_arrays(offsets, top.scores.ravel())
+        columns = [pa.array(self.rows(part)), labels, scores, *([pa.array(certified)] if self.with_certified else [])]
+        with atomic(self.file(part)) as temporary:
+            pq.write_table(pa.Table.from_arrays(columns, schema=self.schema), temporary)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder for a block that writes what is left; then join the parts, a row group at a time, into the file.
+
+        A block that ends with an error leaves its finished parts.
+        Raises: DataError if the file or the folder cannot be written.
+        """
+        if self.out.is_dir():
+            raise DataError(f"{self.out}: is a folder; give the name of the file to write")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.folder)
+            yield
+            with atomic(self.out) as temporary, pq.ParquetWriter(temporary, self.schema) as writer:
+                for part in range(len(self.cuts) - 1):
+                    writer.write_table(pq.read_table(self.file(part), schema=self.schema))
+            shutil.rmtree(self.folder)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{self.out}: predictions cannot be written ({error}); run the same command again to go on"
+            ) from error
+        finally:
+            with suppress(OSError):
+                self.folder.rmdir()  # where nothing was written
+
+    def _n_rows(self, file: Path) -> int:
+        """Give the rows of a part, -1 if it is not whole; refuse one of another job."""
+        try:
+            found = pq.read_metadata(file)
+            facts = json.loads(found.metadata[KEY])
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            return -1
+        names = [name for name in {**facts, **self.facts} if facts.get(name) != self.facts.get(name)]
+        if names:
+            differ = "; ".join(f"{name}={facts.get(name)} there, {self.facts.get(name)} now" for name in names)
+            raise DataError(
+                f"{self.folder}: holds finished parts of another job ({differ}); finish that with its settings, delete the "
+                "folder, or choose another --out"
+            )
+        return int(found.num_rows)
+
+
+def plan(
+    model: Model, dataset: Dataset, split: str, out: str | Path, *, k: int, estimator: Estimator, run_key: str, choice: Choice
+) -> Parts:
+    """Plan the prediction of every sample of a split.
+
+    Raises: DataError if the data set does not fit the model or lacks the split, or a line of the choice is wrong.
+    """
+    check_fits(model, dataset)
+    n_samples = dataset.split(split).n_samples
+    choice.check(n_samples, model.sizes.n_labels, k)
+    facts = job_facts(model.table.repetitions, dataset.fingerprint, split, n_samples, k, estimator, run_key) | choice.facts
+    return Parts(Path(out), facts, cuts(0, n_samples))
+
+
+def check_fits(model: Model, dataset: Dataset) -> None:
+    """Raise DataError unless a data set has the features and labels of a model."""
+    if (dataset.n_labels, dataset.n_features) != (model.sizes.n_labels, model.sizes.n_features):
+        raise DataError(
+            f"{dataset.path}: has {dataset.n_features} features and {dataset.n_labels} labels, the model was trained on "
+            f"{model.sizes.n_features} and {model.sizes.n_labels}"
+        )
+
+
+def job_facts(
+    repetitions: Sequence[int], data: str, split: str, n_samples: int, k: int, estimator: Estimator, run_key: str
+) -> dict[str, Any]:
+    """Give what identifies the predictions of all labels of a split's samples: kept in the file, and compared on going on."""
+    return {
+        "run": run_key,
+        "repetitions": list(repetitions),
+        "data": data,
+        "split": split,
+        "n_samples": n_samples,
+        "k": k,
+        "estimator": estimator,
+    }
+
+
+def cuts(start: int, stop: int) -> tuple[int, ...]:
+    """Cut rows into groups, from the start of the first to the end of the last."""
+    return (*range(start, stop, GROUP_ROWS), stop)
 
 
 def write_predictions(
@@ -40,69 +243,34 @@ def write_predictions(
     k: int,
     estimator: Estimator,
     run_key: str,
+    choice: Choice | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Predict every sample of a split into a Parquet file, going on from what an earlier, killed job left.
 
-    Args:   run_key, what identifies the model; progress(rows done, rows in all).
-    Raises: DataError if the data set does not fit the model or lacks the split, or `out` cannot be written.
+    Args:   run_key, what identifies the model; choice, which labels may be found; progress(rows done, rows in all).
+    Raises: DataError if the data set does not fit the model or lacks the split, `out` cannot be written, or parts of another
+            job lie there.
     """
-    out = Path(out)
-    if out.is_dir():
-        raise DataError(f"{out}: is a folder; give the name of the file to write")
-    if (dataset.n_labels, dataset.n_features) != (model.sizes.n_labels, model.sizes.n_features):
-        raise DataError(
-            f"{dataset.path}: has {dataset.n_features} features and {dataset.n_labels} labels, the model was trained on "
-            f"{model.sizes.n_features} and {model.sizes.n_labels}"
-        )
-    samples = dataset.split(split)
-    facts = {
-        "run": run_key,
-        "repetitions": list(model.table.repetitions),
-        "data": dataset.fingerprint,
-        "split": split,
-        "n_samples": samples.n_samples,
-        "k": k,
-        "estimator": estimator,
-    }
-    schema = SCHEMA.with_metadata({KEY: json.dumps(facts).encode()})
-    parts = out.with_name(out.name + ".parts")
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        files = []
-        for start in range(0, samples.n_samples, GROUP_ROWS):
-            rows = np.arange(start, min(start + GROUP_ROWS, samples.n_samples))
-            files.append(parts / f"rows-{start:012d}.parquet")
-            if not _is_of(files[-1], schema):
-                top = model.predict_topk(take(samples.features, rows), k, estimator=estimator)
-                with atomic(files[-1]) as temporary:
-                    pq.write_table(_table(rows, top, schema), temporary)
+    choice = choice or Choice()
+    parts = plan(model, dataset, split, out, k=k, estimator=estimator, run_key=run_key, choice=choice)
+    with parts.open():
+        left = parts.left()
+        n_done = parts.n_rows - sum(len(parts.rows(part)) for part in left)
+        for rows in write_parts(model, dataset.split(split), parts, left, choice):
+            n_done += rows
             if progress:
-                progress(int(rows[-1]) + 1, samples.n_samples)
-        with atomic(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            for file in files:
-                writer.write_table(pq.read_table(file, schema=schema))
-        shutil.rmtree(parts)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{out}: predictions cannot be written ({error}); run the same command again to go on") from error
-    finally:
-        with suppress(OSError):
-            parts.rmdir()  # where nothing was written
+                progress(n_done, parts.n_rows)
 
 
-def _is_of(file: Path, schema: pa.Schema) -> bool:
-    """Tell whether a part is there, whole, and of this very job."""
-    try:
-        return bool((pq.read_schema(file).metadata or {}).get(KEY) == schema.metadata[KEY])
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def _table(rows: np.ndarray, top: TopK, schema: pa.Schema) -> pa.Table:
-    offsets = np.arange(len(rows) + 1, dtype=np.int32) * top.labels.shape[1]
-    labels = pa.ListArray.from_arrays(offsets, top.labels.ravel())
-    scores = pa.ListArray.from_arrays(offsets, top.scores.ravel())
-    return pa.Table.from_arrays([pa.array(rows), labels, scores], schema=schema)
+def write_parts(model: Model, samples: Split, parts: Parts, some: Iterable[int], choice: Choice) -> Iterator[int]:
+    """Predict and write some of the parts; yield how many rows each had, once it is written."""
+    k, estimator = parts.facts["k"], parts.facts["estimator"]
+    for part in some:
+        rows = parts.rows(part)
+        only = choice.of(parts.cuts[part], parts.cuts[part + 1], model.sizes.n_labels, k)
+        parts.write(part, model.predict_topk(take(samples.features, rows), k, estimator=estimator, **only))
+        yield len(rows)
 
 
 def read_facts(path: str | Path) -> Mapping[str, Any]:

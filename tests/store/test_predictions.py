@@ -126,20 +126,42 @@ def test_a_killed_job_goes_on_where_it_was(model, tiny, tmp_path, small_groups, 
 
 
 @pytest.mark.parametrize("change", [{"k": 6}, {"run_key": "f00d"}, {"estimator": "min"}, {"repetitions": [0, 2]}])
-def test_parts_of_another_job_are_not_used(model, tiny, tmp_path, small_groups, asked, change):
+def test_parts_of_another_job_are_refused_and_kept(model, tiny, tmp_path, small_groups, asked, change):
     killed_after_one_group(model, tiny, tmp_path / "p", asked)
+    (part,) = (tmp_path / "p.parts").iterdir()
+    before = part.read_bytes()
     others = model.select(change["repetitions"]) if "repetitions" in change else model
     job = JOB | {name: value for name, value in change.items() if name != "repetitions"}
-    write_predictions(others, tiny, "test", tmp_path / "p", **job)
-    assert asked == [25, 25, 10]
-    top = said(others, tiny.split("test"), job["k"], job["estimator"])
-    assert pq.read_table(tmp_path / "p")["labels"].to_pylist() == top.labels.tolist()
+    name = {"run_key": "run"}.get(*change, *change)
+    words = rf"p.parts: holds finished parts of another job \({name}=.* there, .* now\); finish that .* choose another --out"
+    with pytest.raises(DataError, match=words):
+        write_predictions(others, tiny, "test", tmp_path / "p", **job)
+    assert asked == [] and part.read_bytes() == before
+    write_predictions(model, tiny, "test", tmp_path / "p", **JOB)
+    assert asked == [25, 10]
 
 
-def test_parts_of_another_split_are_not_used(model, tiny, tmp_path, small_groups, asked):
+def test_parts_beyond_the_end_of_another_job_are_refused_too(model, tiny, tmp_path, small_groups, asked):
+    """Workers finish parts in any order: none of the job's own names need be there."""
     killed_after_one_group(model, tiny, tmp_path / "p", asked)
-    write_predictions(model, tiny, "dev", tmp_path / "p", **JOB)
-    assert asked == [25, 15]
+    (tmp_path / "p.parts" / "rows-000000000000.parquet").rename(tmp_path / "p.parts" / "rows-000000000050.parquet")
+    with pytest.raises(DataError, match="split=test there, dev now; n_samples=60 there, 40 now"):
+        write_predictions(model, tiny, "dev", tmp_path / "p", **JOB)
+    assert asked == []
+
+
+def test_what_killed_workers_left_half_written_goes(model, tiny, tmp_path, small_groups, asked):
+    (tmp_path / "p.parts").mkdir()
+    (tmp_path / "p.parts" / f".rows-000000000025.parquet.{2**22 + 1}.tmp").touch()  # of no process that runs
+    killed_after_one_group(model, tiny, tmp_path / "p", asked)
+    assert [file.name for file in (tmp_path / "p.parts").iterdir()] == ["rows-000000000000.parquet"]
+
+
+def test_parts_of_another_size_are_made_again(model, tiny, tmp_path, small_groups, asked, monkeypatch):
+    killed_after_one_group(model, tiny, tmp_path / "p", asked)
+    monkeypatch.setattr(predictions, "GROUP_ROWS", 40)
+    write_predictions(model, tiny, "test", tmp_path / "p", **JOB)
+    assert asked == [40, 20] and pq.read_table(tmp_path / "p")["row"].to_pylist() == [*range(N)]
 
 
 def test_a_part_that_is_cut_short_is_made_again(model, tiny, tmp_path, small_groups, asked):
