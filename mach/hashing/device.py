@@ -3,12 +3,13 @@
 torch multiplies and shifts int64 only, so that every product here is kept below 2**63, or wraps as a uint64 would. Buckets that
 no arithmetic gives, those of hashed names, are held: R K of the smallest unsigned type.
 
-Axes: K labels, B buckets, R repetitions.
+Axes: N samples, K labels, B buckets, M buckets of a repetition, R repetitions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -59,7 +60,7 @@ class DeviceTable:
 
     @property
     def has_progressions(self) -> bool:
-        """Whether `first_of` and `step_of` give the labels of a bucket."""
+        """Whether `first_labels` and `steps_R` give the labels of a bucket."""
         return 0 < self.p < MAX_INT32_PRIME
 
     def buckets(self, labels: Tensor, row: int) -> Tensor:
@@ -75,21 +76,27 @@ class DeviceTable:
         x = _shifted(labels * _signed(family.a) + _signed(family.b), WORD - family.bits)  # wraps at 2**64, as it must
         return _shifted(x * self.n_buckets, family.bits)  # below 2**64, though perhaps not as a signed number
 
-    def step_of(self, row: int) -> int:
-        """Give the difference mod p of the labels of a bucket, each from the one before."""
-        family = self.families[row]
-        assert isinstance(family, CarterWegman)
-        return pow(family.a, -1, family.p) * self.n_buckets % family.p
+    @cached_property
+    def steps_R(self) -> Tensor:
+        """The difference mod p of the labels of a bucket in each row, each from the one before: int64 (R,)."""
+        backs = [pow(f.a, -1, f.p) for f in self.families if isinstance(f, CarterWegman)]
+        return torch.tensor([back * self.n_buckets % self.p for back in backs], device=self.words.device)
 
-    def first_of(self, buckets: Tensor, row: int) -> Tensor:
-        """Give the first label of each bucket: the others follow, `step_of(row)` apart mod p.
+    @cached_property
+    def _backs_2R(self) -> Tensor:
+        """What takes a bucket back to its first label, of each row: a**-1, and -a**-1 b mod p."""
+        backs = [(pow(f.a, -1, f.p), f) for f in self.families if isinstance(f, CarterWegman)]
+        words = [[back for back, _ in backs], [-back * f.b % f.p for back, f in backs]]
+        return torch.tensor(words, device=self.words.device)
+
+    def first_labels(self, buckets_NRM: Tensor) -> Tensor:
+        """Give the first label of each bucket, in the row of its place: the others follow, `steps_R` apart mod p.
 
         There are as many as there are y = bucket + i B below p. Those of K or more, fewer than p - K, are no labels.
         """
-        family = self.families[row]
-        assert isinstance(family, CarterWegman)
-        back = pow(family.a, -1, family.p)
-        return _affine_mod(buckets, back, -back * family.b % family.p, family.p)
+        back_R1, add_R1 = self._backs_2R.unsqueeze(2)
+        labels: Tensor = (buckets_NRM * back_R1 + add_R1) % self.p
+        return labels
 
 
 def _kind_of(table: LabelTable) -> Kind:
@@ -101,12 +108,12 @@ def _kind_of(table: LabelTable) -> Kind:
 def _affine_mod(x: Tensor, a: int, b: int, p: int) -> Tensor:
     """Give (a x + b) mod p without overflow, for x, a, b in [0, p) and p < 2**41.
 
-    p < 2**31: a x + b < 2**62. Else a = high 2**21 + low, high < 2**20, low < 2**21: no product below reaches 2**62.
+    p < 2**31: a x + b < 2**62. Else a = high 2**21 + low, high < 2**20, low < 2**21: no product below exceeds 2**62.
     """
     if p < MAX_INT32_PRIME:
         return (x * a + b) % p
     high, low = divmod(a, 2**21)
-    return ((x * high % p << 21) % p + (x * low + b) % p) % p
+    return ((x * high % p << 21) + (x * low + b) % p) % p
 
 
 def _signed(word: int) -> int:

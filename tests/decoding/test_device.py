@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from mach.config import Estimator, Loss
 from mach.decoding import decode_topk, reference
-from mach.decoding.device import device_bucket_scores, search, topk_on_device, torch_scan
+from mach.decoding.device import device_bucket_scores, pruned, search, topk_on_device, torch_scan
 from mach.decoding.device.labels import k_best
 from mach.decoding.estimators import bucket_scores
+from mach.decoding.exact import exact_topk
 from mach.decoding.scan import scan_topk
 from mach.errors import ConfigError, MissingExtra
 from mach.hashing.table import LabelTable
@@ -119,6 +120,83 @@ def test_restrict_and_exclude_are_exact(seed, estimator, family, restricts, excl
         how = {"estimator": estimator, "restrict": restrict, "exclude": exclude}
         found = topk_on_device(torch.from_numpy(scores_NRB), table, k, **how)
     assert found.labels.tolist() == [row[:k] for row in left]
+
+
+def prune_at_once(patch, **other):
+    """Let small problems be searched, in few cells that many labels share, a few samples at a time."""
+    small = {"FIRST_DEPTH": 2, "SHARE": 2, "MOST_CELLS": 256, "TOUCHED": 40_000, "GUESSES": 1}
+    for name, value in {**small, **other}.items():
+        patch.setattr(pruned, name, value)
+
+
+def planted_problem(seed, integers=False):
+    """Make scores in which a few labels stand out, some of them alike, over noise that may tie."""
+    table, scores_NRB = problem(seed, n_labels=2000, integers=integers)
+    rng = np.random.default_rng(seed)
+    for n in range(len(scores_NRB)):
+        for label in rng.integers(table.n_labels, size=int(rng.integers(0, 12))):
+            spread = np.abs(scores_NRB[n]).max() + 1
+            scores_NRB[n, np.arange(table.n_repetitions), table.array()[:, label]] += np.float32(spread * rng.integers(1, 4))
+    return table, scores_NRB
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["mean", "logits", "log-probs"]), st.booleans(), st.booleans())
+def test_the_pruned_search_is_the_scan(seed, estimator, integers, excludes):
+    with pytest.MonkeyPatch.context() as patch:
+        prune_at_once(patch)
+        table, scores_NRB = planted_problem(seed, integers)
+        k = min(1 + seed % 7, table.n_labels // 2)
+        best = scan_topk(scores_NRB, table.array(), k, estimator=estimator).labels
+        exclude = [row[: n % (k + 1)] for n, row in enumerate(best)] if excludes else None
+        how = {"estimator": estimator, "exclude": exclude}
+        found = topk_on_device(torch.from_numpy(scores_NRB), table, k, **how)
+        assert same(found, exact_topk(scores_NRB, table, k, n_threads=1, **how)[0])
+
+
+@pytest.mark.parametrize("n_cells", [2048, 1 << 22])
+def test_what_stands_out_is_proven_and_what_is_flat_is_scanned(n_cells, monkeypatch):
+    prune_at_once(monkeypatch, MOST_CELLS=n_cells, SHARE=16)
+    rng = np.random.default_rng(3)
+    table = LabelTable.hashed(30_000, 1500, 12)
+    scores_NRB = rng.normal(0, 0.1, (4, 12, 1500)).astype(np.float32)
+    for n in (0, 2, 3):
+        for label in rng.choice(30_000, 40, replace=False):
+            scores_NRB[n, np.arange(12), table.array()[:, label]] += rng.normal(3, 0.5)
+    for k in (1, 5, 30):
+        found = topk_on_device(torch.from_numpy(scores_NRB), table, k, estimator="logits")
+        assert found.is_pruned.tolist() == [True, False, True, True]
+        assert same(found, scan_topk(scores_NRB, table.array(), k, estimator="logits"))
+        found = topk_on_device(torch.from_numpy(scores_NRB), table, k, estimator="logits", exclude=[[], [7], [8], []])
+        expected = exact_topk(scores_NRB, table, k, estimator="logits", exclude=[[], [7], [8], []])[0]
+        assert same(found, expected)
+        assert not topk_on_device(torch.from_numpy(scores_NRB), table, k, estimator="logits", prune=False).is_pruned.any()
+
+
+def test_too_many_candidates_are_left_to_the_scan(monkeypatch):
+    """All labels of one repetition's best buckets tie."""
+    table = LabelTable.hashed(5000, 100, 1)
+    scores = torch.zeros(1, 1, 100)
+    scores[0, 0, 17:23] = 1.0
+    expected = sorted(label for b in range(17, 23) for label in table.labels_of(b, 0))
+    for most in (10_000, 100):
+        prune_at_once(monkeypatch, FIRST_DEPTH=10, MOST_CANDIDATES=most, MOST_CELLS=1 << 22, GUESSES=4)
+        found = topk_on_device(scores, table, 40, estimator="logits")
+        assert found.labels[0].tolist() == expected[:40]
+        assert bool(found.is_pruned) == (most == 10_000)
+
+
+def test_sums_that_round_are_proven_with_their_rounding(monkeypatch):
+    """Large terms that cancel: a bound without room for rounding would drop labels that the scan keeps."""
+    rng, n_pruned = np.random.default_rng(0), 0
+    for seed in range(300):
+        prune_at_once(monkeypatch, MOST_CELLS=1 << 22, SHARE=1, FIRST_DEPTH=1 + seed % 9)
+        table = LabelTable.hashed(300, 40, 6, seed=seed)
+        scores_NRB = (rng.choice([1.0, 3e7, -3e7], (4, 6, 40)) + rng.normal(0, 4, (4, 6, 40))).astype(np.float32)
+        found = topk_on_device(torch.from_numpy(scores_NRB), table, 5, estimator="logits")
+        assert same(found, scan_topk(scores_NRB, table.array(), 5, estimator="logits"))
+        n_pruned += int(found.is_pruned.sum())
+    assert n_pruned > 100
 
 
 def test_labels_beyond_32_bits():

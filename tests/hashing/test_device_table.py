@@ -47,10 +47,11 @@ def test_the_labels_of_a_bucket_are_a_progression(n_labels, n_buckets):
     on_device = DeviceTable.of(table, CPU)
     p = on_device.p
     assert on_device.has_progressions
+    buckets = torch.tensor([0, 5, n_buckets - 1])
+    firsts = on_device.first_labels(buckets.expand(1, 3, 3))
     for row in range(3):
-        for bucket in (0, 5, n_buckets - 1):
-            first, n = on_device.first_of(torch.tensor([bucket]), row).item(), -(-(p - bucket) // n_buckets)
-            labels = [(first + i * on_device.step_of(row)) % p for i in range(n)]
+        for first, bucket in zip(firsts[0, row].tolist(), buckets.tolist(), strict=True):
+            labels = [(first + i * on_device.steps_R[row].item()) % p for i in range(-(-(p - bucket) // n_buckets))]
             assert sorted(k for k in labels if k < n_labels) == table.labels_of(bucket, row).tolist()
 
 

@@ -61,6 +61,13 @@ class Without(NamedTuple):
         rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
         return cls(n_labels, (rows * n_labels + labels).to(device))
 
+    def of_rows(self, rows_n: Tensor) -> Without:
+        """Give what some samples, of rising numbers, may not find, as they are numbered anew."""
+        row_L = self.keys_L // self.n_labels
+        at_L = torch.searchsorted(rows_n, row_L).clamp_(max=len(rows_n) - 1)
+        keys_L = at_L * self.n_labels + self.keys_L % self.n_labels
+        return Without(self.n_labels, keys_L[rows_n[at_L] == row_L])
+
     def drop(self, scores_NM: Tensor, rows_N: Tensor, labels_NM: Tensor) -> Tensor:
         """Put -inf, in place, where a sample may not find the label."""
         if len(self.keys_L):
