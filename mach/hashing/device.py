@@ -90,11 +90,11 @@ class DeviceTable:
         return torch.tensor(words, device=self.words.device)
 
     def first_labels(self, buckets_NRM: Tensor) -> Tensor:
-        """Give the first label of each bucket, in the row of its place: the others follow, `steps_R` apart mod p.
+        """Give the first label of each bucket, of the first rows: the others follow, `steps_R` apart mod p.
 
         There are as many as there are y = bucket + i B below p. Those of K or more, fewer than p - K, are no labels.
         """
-        back_R1, add_R1 = self._backs_2R.unsqueeze(2)
+        back_R1, add_R1 = self._backs_2R[:, : buckets_NRM.shape[1], None]
         labels: Tensor = (buckets_NRM * back_R1 + add_R1) % self.p
         return labels
 

@@ -124,7 +124,7 @@ def test_restrict_and_exclude_are_exact(seed, estimator, family, restricts, excl
 
 def prune_at_once(patch, **other):
     """Let small problems be searched, in few cells that many labels share, a few samples at a time."""
-    small = {"FIRST_DEPTH": 2, "SHARE": 2, "MOST_CELLS": 256, "TOUCHED": 40_000, "GUESSES": 1}
+    small = {"LEAST_DEPTH": 2, "GUESS_ROWS": 3, "SHARE": 2, "MOST_CELLS": 256, "TOUCHED": 40_000, "GUESSES": 1}
     for name, value in {**small, **other}.items():
         patch.setattr(pruned, name, value)
 
@@ -180,7 +180,7 @@ def test_too_many_candidates_are_left_to_the_scan(monkeypatch):
     scores[0, 0, 17:23] = 1.0
     expected = sorted(label for b in range(17, 23) for label in table.labels_of(b, 0))
     for most in (10_000, 100):
-        prune_at_once(monkeypatch, FIRST_DEPTH=10, MOST_CANDIDATES=most, MOST_CELLS=1 << 22, GUESSES=4)
+        prune_at_once(monkeypatch, LEAST_DEPTH=10, MOST_CANDIDATES=most, MOST_CELLS=1 << 22, GUESSES=4)
         found = topk_on_device(scores, table, 40, estimator="logits")
         assert found.labels[0].tolist() == expected[:40]
         assert bool(found.is_pruned) == (most == 10_000)
@@ -190,7 +190,7 @@ def test_sums_that_round_are_proven_with_their_rounding(monkeypatch):
     """Large terms that cancel: a bound without room for rounding would drop labels that the scan keeps."""
     rng, n_pruned = np.random.default_rng(0), 0
     for seed in range(300):
-        prune_at_once(monkeypatch, MOST_CELLS=1 << 22, SHARE=1, FIRST_DEPTH=1 + seed % 9)
+        prune_at_once(monkeypatch, MOST_CELLS=1 << 22, SHARE=1, LEAST_DEPTH=1 + seed % 9)
         table = LabelTable.hashed(300, 40, 6, seed=seed)
         scores_NRB = (rng.choice([1.0, 3e7, -3e7], (4, 6, 40)) + rng.normal(0, 4, (4, 6, 40))).astype(np.float32)
         found = topk_on_device(torch.from_numpy(scores_NRB), table, 5, estimator="logits")
