@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mach import decoding
 from mach.config import Estimator, Loss
 from mach.decoding import decode_topk, reference
 from mach.decoding.device import device_bucket_scores, pruned, search, topk_on_device, torch_scan
@@ -252,11 +253,11 @@ def test_decode_is_one_entry_for_arrays_and_tensors(identity, estimator):
     found = decode_topk(torch.from_numpy(logits_NRB.copy()), table, 9, **how)
     assert np.array_equal(found.labels, expected.labels)
     assert np.array_equal(found.scores, expected.scores)
-    used = "min" if identity and estimator == "mean" else estimator
-    scores = device_bucket_scores(torch.from_numpy(logits_NRB), loss="softmax", estimator=used)
-    there = topk_on_device(scores, table, 9, estimator=used, exclude=how["exclude"])
-    assert np.array_equal(there.labels.numpy(), expected.labels)
-    np.testing.assert_allclose(there.scores.numpy(), expected.scores, rtol=1e-5, atol=1e-6)
+    used = "min" if identity and estimator == "mean" else estimator  # as decode_topk does
+    there = decoding._on_device(torch.from_numpy(logits_NRB), table, 9, "softmax", used, {"exclude": how["exclude"]})
+    assert (there.labels.dtype, there.scores.dtype) == (np.int64, np.float32)
+    assert np.array_equal(there.labels, expected.labels)
+    np.testing.assert_allclose(there.scores, expected.scores, rtol=1e-5, atol=1e-6)
 
 
 def test_no_samples():

@@ -74,17 +74,17 @@ class TritonScan(TorchScan):
         """Give the best score of each block, (N, G)."""
         out_NG = self.packed.new_empty(len(self.packed) * self.group, self.n_blocks)
         grid = (self.n_blocks, len(self.packed))
-        triton_kernels.block_maxima[grid](self.packed, *self._held(), out_NG, *self._sizes(), self.n_blocks, **self.meta)
+        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]
+            triton_kernels.block_maxima[grid](self.packed, *self._held(), out_NG, *self._sizes(), self.n_blocks, **self.meta)
         return out_NG[: len(self.scores_NRB)]
 
     def block_scores(self, rows_N: Tensor, blocks_NM: Tensor) -> tuple[Tensor, Tensor]:
         """Give the labels of some blocks, other ones for each of some samples, and their scores, both (N, M J)."""
         N, M = blocks_NM.shape
         out_NM = self.packed.new_empty(N, M * self.width)
-        blocks = blocks_NM.contiguous()
-        triton_kernels.chosen_scores[(N * M,)](
-            self.packed, *self._held(), rows_N.contiguous(), blocks, out_NM, *self._sizes(), M, **self.meta
-        )
+        given = (rows_N.contiguous(), blocks_NM.contiguous(), out_NM)
+        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]
+            triton_kernels.chosen_scores[(N * M,)](self.packed, *self._held(), *given, *self._sizes(), M, **self.meta)
         return self.labels_of(blocks_NM)[0], out_NM
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor]:
