@@ -22,6 +22,7 @@ tl = pytest.importorskip("triton.language")
 from mach.decoding.device import topk_on_device, triton_scan  # noqa: E402
 from mach.decoding.device.labels import Without  # noqa: E402
 from mach.decoding.device.search import search_blocks  # noqa: E402
+from mach.decoding.device.torch_scan import TorchScan  # noqa: E402
 from mach.decoding.device.triton_kernels import CARTER_WEGMAN, buckets_of  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # tests/conftest.py asks for the interpreter there
@@ -41,6 +42,7 @@ def check(table, n_samples, k, estimator, *, restrict=None, exclude=None, group=
     there, kind = DeviceTable.of(table, DEVICE), AGGREGATES[estimator]
     scores = torch.from_numpy(scores_NRB).to(DEVICE)
     scan = triton_scan.TritonScan(scores, there, kind, subset, width, group=group, tile=tile)
+    assert torch.equal(scan.maxima(), TorchScan(scores, there, kind, subset, width).maxima())
     numbers = None if restrict is None else np.array(sorted(restrict))
     without = None
     if exclude is not None:
