@@ -212,12 +212,16 @@ class Model:
 
     def bucket_logits(self, features: CSR | np.ndarray) -> np.ndarray:
         """Give the raw outputs of every head, float32 (N, R, B): 4 N R B bytes, so callers take few rows at a time."""
-        out = np.empty((len(features), len(self.repetitions), self.sizes.n_buckets), np.float32)
+        return self.bucket_outputs(features).cpu().numpy()
+
+    def bucket_outputs(self, features: CSR | np.ndarray) -> Tensor:
+        """Give what `bucket_logits` gives, left on the model's device."""
+        out = torch.empty(len(features), len(self.repetitions), self.sizes.n_buckets, device=self.device)
         for r, packed in enumerate(self.repetitions):
             if r == 0 or self._feature_buckets is not None:
                 rows = None if self._feature_buckets is None else self._feature_buckets[r : r + 1]
                 batch = make_batch(features, normalize=self.config.normalize, device=self.device, buckets_RF=rows)
-            out[:, r] = packed.logits(batch)[:, 0].cpu().numpy()
+            out[:, r] = packed.logits(batch)[:, 0]
         return out
 
     @cached_property
@@ -252,7 +256,7 @@ class Model:
             how: dict[str, Any] = {"estimator": estimator, "restrict": subset}
             if without is not None:
                 how["exclude"] = without[start : start + len(rows)]
-            parts.append(decode_topk(self.bucket_logits(rows), self.table, k, loss=self.config.loss, **how))
+            parts.append(decode_topk(self.bucket_outputs(rows), self.table, k, loss=self.config.loss, **how))
             start += len(rows)
         return TopK(np.concatenate([p.labels for p in parts]), np.concatenate([p.scores for p in parts]))
 

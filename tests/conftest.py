@@ -21,6 +21,8 @@ from mach.data import write_dataset
 from mach.train.log import read_log
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, and kept: its own functions are made for one way to run
 
 N_LABELS, N_FEATURES = 40, 50  # K, F
 

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mach.config import Config
+from mach.config import Config, Estimator
+from mach.decoding import decode_topk
+from mach.decoding.device import topk_on_device
+from mach.decoding.scan import scan_topk
 from mach.errors import ModelError
+from mach.hashing.table import LabelTable
 from mach.metrics import precision_at_k
 from mach.parallel import train
 from mach.store import Run, load
@@ -69,3 +73,33 @@ def test_a_value_that_is_not_finite_stops_it_and_its_step_is_named(tiny, tmp_pat
     monkeypatch.setattr(group.Group, "_step", planted)
     with pytest.raises(ModelError, match=r"^repetition 2: the loss or a gradient is not finite after step 13 of 200 "):
         train(CONFIG, tiny, tmp_path / "run", device="cuda:0")
+
+
+@pytest.mark.parametrize("family", ["carter-wegman", "multiply-shift", "xxhash"])
+@pytest.mark.parametrize("estimator", Estimator.__args__)
+@pytest.mark.parametrize("how", ["torch", "triton"])
+def test_equal_scores_are_decoded_to_the_bits_of_the_cpu(family, estimator, how):
+    if how == "triton":
+        pytest.importorskip("triton")
+    names = [str(i) for i in range(70_001)]
+    table = LabelTable.hashed(70_001, 300, 9, family=family, label_names=names)
+    rng = np.random.default_rng(0)
+    for k, digits in ((1, 1), (5, 6), (300, 1)):  # rounded: sums tie often
+        scores_NRB = rng.normal(size=(11, 9, 300)).round(digits).astype(np.float32)
+        found = topk_on_device(torch.from_numpy(scores_NRB).cuda(), table, k, estimator=estimator, how=how)
+        expected = scan_topk(scores_NRB, table.array(), k, estimator=estimator)
+        assert np.array_equal(found.labels.cpu().numpy(), expected.labels)
+        assert np.array_equal(found.scores.cpu().numpy(), expected.scores)
+
+
+@pytest.mark.parametrize("table", [LabelTable.identity(3000), LabelTable.hashed(3000, 200, 6)])
+@pytest.mark.parametrize("loss", ["softmax", "logistic"])
+def test_a_tensor_is_decoded_where_it_is(table, loss):
+    logits_NRB = np.random.default_rng(0).normal(0, 3, (5, table.n_repetitions, table.n_buckets)).astype(np.float32)
+    how = {"loss": loss, "restrict": range(0, 3000, 2), "exclude": [[2 * n] for n in range(5)]}
+    for estimator in Estimator.__args__:
+        here = decode_topk(logits_NRB.copy(), table, 20, estimator=estimator, **how)
+        there = decode_topk(torch.from_numpy(logits_NRB).cuda(), table, 20, estimator=estimator, **how)
+        np.testing.assert_allclose(there.scores, here.scores, rtol=1e-5, atol=1e-6)
+        if estimator == "logits":
+            assert np.array_equal(there.labels, here.labels)

@@ -194,6 +194,11 @@ class LabelTable:
         return self.is_arithmetic or "inverse" in self.__dict__
 
     @cached_property
+    def on_devices(self) -> dict[Any, Any]:
+        """What `DeviceTable.of` made of this table, by device."""
+        return {}
+
+    @cached_property
     def inverse(self) -> Inverse:
         """Give both directions of the table to kernels, computed once, then kept.
 
