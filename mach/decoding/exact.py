@@ -26,7 +26,7 @@ from mach.errors import ConfigError
 from mach.hashing.table import LabelTable, bucket_dtype
 from mach.kernels import N_THREADS, in_threads
 
-# ns, one core of an AMD EPYC (Zen 5): fitted by `python experiments/decode/exact.py fit`
+# ns, one core of an AMD EPYC (Zen 5): fitted by `python experiments/exact/run.py fit`
 COSTS = Costs(read=0.1, open=120.0, touch=1.35, score=3.5, scan=0.95, median=3.9, invert=8.0)
 
 WASTE = 0.1  # of a scan's time, at most, is risked on searches that may be given up

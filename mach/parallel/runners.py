@@ -77,6 +77,8 @@ def train(
     )
     _refuse_full_disk(run, groups, n_workers)
     asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
+    if stop is None:
+        asked.file.unlink(missing_ok=True)  # of a killed process that had our number: in a container all are small
     jobs = [
         Job(
             run=run.path.resolve(),

@@ -8,6 +8,9 @@ import signal
 
 import pytest
 
+from mach.config import Config
+from mach.parallel import train
+from mach.store import Run
 from mach.train.checkpoint import checkpoint_path, read_progress
 from mach.train.log import log_path, read_log
 
@@ -44,3 +47,11 @@ def test_a_worker_without_work_does_not_mind_ctrl_c(started, tiny, tmp_path):
     ended, line, err = process.end()
     assert ended == 130 and re.search(r"stopped at step [\d,]+ of 2,000,000 \(repetitions 0-0\); go on", line), err
     assert "Traceback" not in err and checkpoint_path(tmp_path / "run", [0]).exists()
+
+
+def test_a_wish_that_a_killed_process_of_the_same_number_left_is_not_ours(tiny, tmp_path):
+    config = Config(buckets=13, repetitions=1, hidden=4, epochs=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f".stop.{os.getpid()}.tmp").write_text("SIGTERM")
+    train(config, tiny, tmp_path / "run")
+    assert Run.open(tmp_path / "run").finished() == [0]

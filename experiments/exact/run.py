@@ -1,9 +1,9 @@
-"""How much quicker is the certified search than the scan, and where does it stop to pay? Prints the tables of EXACT.md.
+"""How much quicker is the certified search than the scan, and where does it stop to pay? Prints the tables of RESULTS.md.
 
-python experiments/decode/exact.py compare   K = 670,091, R = 32, B = 10,000: search, scan, plain gather, reading the scores
-python experiments/decode/exact.py large     K = 50,000,000, B = 20,000: time and memory of a query
-python experiments/decode/exact.py grow      cost against K, R, B, k and flatness, drawn into exact.svg
-python experiments/decode/exact.py fit       the constants of mach/decoding/exact.py
+python experiments/exact/run.py compare   K = 670,091, R = 32, B = 10,000: search, scan, plain gather, reading the scores
+python experiments/exact/run.py large     K = 50,000,000, B = 20,000: time and memory of a query
+python experiments/exact/run.py grow      cost against K, R, B, k and flatness, drawn into exact.svg
+python experiments/exact/run.py fit       the constants of mach/decoding/exact.py
 
 All on one core. Scores are made, not trained: `trained_like` tells how.
 """
