@@ -157,7 +157,14 @@ def test_killed_while_a_checkpoint_is_cut(tiny, tmp_path, monkeypatch, n_parts_w
 
         patch.setattr(checkpoint, "write_checkpoint", stopped)
         if n_parts_written == 2:
-            patch.setattr(checkpoint.Path, "unlink", lambda self, missing_ok=False: (_ for _ in ()).throw(Killed))
+            unlink = checkpoint.Path.unlink
+
+            def refuse(self, missing_ok=False):
+                if self.name == "group-0-3.safetensors":
+                    raise Killed
+                unlink(self, missing_ok)
+
+            patch.setattr(checkpoint.Path, "unlink", refuse)
         train(CONFIG, tiny, tmp_path / "run", checkpoint_s=0)
     left = {file.name for file in (tmp_path / "run" / "checkpoints").glob("*.safetensors")}
     assert left == {"group-0-3.safetensors", "group-0-1.safetensors", "group-2-3.safetensors"} - (

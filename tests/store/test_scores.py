@@ -82,13 +82,13 @@ def test_shards_are_the_whole_and_progress_is_told(run, tiny, tmp_path, monkeypa
 
 def test_products_have_the_shapes_that_predicting_takes(run, tiny, tmp_path, monkeypatch):
     """Of all repetitions at once, though one is held: products of other shapes may round otherwise."""
-    shapes, real = [], Model.bucket_logits
+    shapes, real = [], Model.bucket_outputs
 
-    def bucket_logits(self, features):
+    def bucket_outputs(self, features):
         shapes.append(len(features))
         return real(self, features)
 
-    monkeypatch.setattr(Model, "bucket_logits", bucket_logits)
+    monkeypatch.setattr(Model, "bucket_outputs", bucket_outputs)
     monkeypatch.setattr("mach.model.SCORE_BYTES", 4 * 3 * B * 17)
     monkeypatch.setattr(predictions, "GROUP_ROWS", 40)
     write_scores(run, tiny, tmp_path / "s", split="test", repetition=0)
