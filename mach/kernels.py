@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import numba
+import numba.extending
 import numpy as np
+from numba import types
 
 N_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores this process may use; the environment variable of that name lowers it
 
@@ -54,6 +56,38 @@ def bits_of(x: np.float32) -> np.uint16:
         return np.uint16(0x7FC0)
     bits = np.float32(x).view(np.uint32)
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+def read(x: Any) -> Any:
+    """Within a kernel: give a number of an array of floats as it is, and one of an array of bfloat16 bits as float32."""
+    return x if np.issubdtype(type(x), np.floating) else float_of(x)
+
+
+def write(array: Any, i: int, x: Any) -> None:
+    """Within a kernel: set array[i], of floats or of bfloat16 bits, to a number."""
+    array[i] = x if np.issubdtype(array.dtype, np.floating) else bits_of(x)
+
+
+@numba.extending.overload(read)  # type: ignore[untyped-decorator]
+def _read(x: Any) -> Any:
+    def bits(x: Any) -> Any:  # annotated as its overload is: numba compares them
+        return float_of(x)
+
+    def plain(x: Any) -> Any:
+        return x
+
+    return bits if isinstance(x, types.Integer) else plain
+
+
+@numba.extending.overload(write)  # type: ignore[untyped-decorator]
+def _write(array: Any, i: Any, x: Any) -> Any:
+    def bits(array: Any, i: Any, x: Any) -> Any:
+        array[i] = bits_of(np.float32(x))
+
+    def plain(array: Any, i: Any, x: Any) -> Any:
+        array[i] = x
+
+    return bits if isinstance(array.dtype, types.Integer) else plain
 
 
 def in_threads(kernel: Callable[..., None], tasks: Sequence[tuple[Any, ...]], n_threads: int) -> None:

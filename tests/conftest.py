@@ -21,6 +21,10 @@ from mach.data import write_dataset
 from mach.train.log import read_log
 
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # the tests were started in the background: what they start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, and kept: its own functions are made for one way to run
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mach.encoders.dropout import Dropout
-from mach.kernels import array_of, bits_of, float_of, in_threads, jit_ieee
+from mach.kernels import array_of, in_threads, jit_ieee, read, write
 
 Update = Callable[[str, slice, Tensor, Tensor | None], None]  # see `mach.heads`
 
@@ -76,8 +76,7 @@ class MLP:
         kept, scale = (256, 1.0) if drop is None else (drop.kept, drop.scale)
         arrays = [array_of(x) for x in (z_NRD.contiguous(), self.bias, random, hidden)]
         number = arrays[0].dtype.type(scale)
-        kernel = _first_low if dtype == torch.bfloat16 else _first
-        in_threads(kernel, [(*arrays, kept, number, r) for r in range(R)], torch.get_num_threads())
+        in_threads(_first, [(*arrays, kept, number, r) for r in range(R)], torch.get_num_threads())
         return hidden
 
     @staticmethod
@@ -91,8 +90,7 @@ class MLP:
         low = torch.empty(grad_RND.shape if dtype != grad_RND.dtype else (0, 0, 0), dtype=dtype)
         arrays = [array_of(x) for x in (hidden_RND, grad_RND, low, grad_bias)]
         number = arrays[1].dtype.type(scale)
-        kernel = _first_backward_low if hidden_RND.dtype == torch.bfloat16 else _first_backward
-        in_threads(kernel, [(*arrays, number, r) for r in range(R)], torch.get_num_threads())
+        in_threads(_first_backward, [(*arrays, number, r) for r in range(R)], torch.get_num_threads())
         return low if len(low) else grad_RND, grad_bias
 
 
@@ -105,27 +103,11 @@ def _first(
     for n in range(N):
         z, out = z_NRD[n, r], hidden_RND[r, n]
         for d in range(D):
-            out[d] = max(z[d] + bias[d], 0) * scale
+            write(out, d, max(z[d] + bias[d], scale * 0) * scale)
         if kept < 256:
             random = random_RND[r, n]
             for d in range(D):
-                out[d] = out[d] if random[d] < kept else 0
-
-
-@jit_ieee
-def _first_low(
-    z_NRD: np.ndarray, bias_RD: np.ndarray, random_RND: np.ndarray, hidden_RND: np.ndarray, kept: int, scale: float, r: int
-) -> None:
-    N, _, D = z_NRD.shape
-    bias = bias_RD[r]
-    for n in range(N):
-        z, out = z_NRD[n, r], hidden_RND[r, n]
-        for d in range(D):
-            out[d] = bits_of(np.float32(max(z[d] + bias[d], np.float32(0)) * scale))
-        if kept < 256:
-            random = random_RND[r, n]
-            for d in range(D):
-                out[d] = out[d] if random[d] < kept else np.uint16(0)
+                out[d] = out[d] if random[d] < kept else out[d] * 0
 
 
 @jit_ieee
@@ -137,23 +119,9 @@ def _first_backward(
     for n in range(N):
         grad, hidden = grad_RND[r, n], hidden_RND[r, n]
         for d in range(D):
-            grad[d] = grad[d] * scale if hidden[d] > 0 else 0
+            grad[d] = grad[d] * scale if read(hidden[d]) > 0 else scale * 0
             total[d] += grad[d]
         if len(low_RND):
             low = low_RND[r, n]
             for d in range(D):
-                low[d] = bits_of(np.float32(grad[d]))
-
-
-@jit_ieee
-def _first_backward_low(
-    hidden_RND: np.ndarray, grad_RND: np.ndarray, low_RND: np.ndarray, grad_bias_RD: np.ndarray, scale: float, r: int
-) -> None:
-    _, N, D = grad_RND.shape
-    total = grad_bias_RD[r]
-    for n in range(N):
-        grad, hidden, low = grad_RND[r, n], hidden_RND[r, n], low_RND[r, n]
-        for d in range(D):
-            kept = grad[d] * scale if float_of(hidden[d]) > 0 else np.float32(0)
-            total[d] += kept
-            low[d] = bits_of(kept)
+                write(low, d, grad[d])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mach.kernels import array_of, bits_of, float_of, in_threads, jit_ieee
+from mach.kernels import array_of, in_threads, jit_ieee, read, write
 
 LEAST = 1 << 16  # weights of one task; below, handing out tasks costs more than it saves
 
@@ -37,7 +37,7 @@ def adamw_(
             flat.append(np.empty(0, np.uint16))
         cuts = range(0, len(flat[0]), max(LEAST, -(-len(flat[0]) // torch.get_num_threads())))
         tasks += [(*(x[a : a + cuts.step] for x in flat), *numbers) for a in cuts]
-    in_threads(_adamw_low if gradient_RX.dtype == torch.bfloat16 else _adamw, tasks, torch.get_num_threads())
+    in_threads(_adamw, tasks, torch.get_num_threads())
 
 
 @jit_ieee
@@ -45,27 +45,13 @@ def _adamw(
     weight: np.ndarray, first: np.ndarray, second: np.ndarray, gradient: np.ndarray, low: np.ndarray,
     share_1: float, share_2: float, rate: float, epsilon: float, keep: float,
 ) -> None:  # fmt: skip
-    for i in range(len(weight)):
-        g = gradient[i]
-        first[i] += share_1 * (g - first[i])
-        second[i] += share_2 * (g * g - second[i])
-        weight[i] = keep * weight[i] - rate * first[i] / (np.sqrt(second[i]) + epsilon)
-    for i in range(len(low)):
-        low[i] = bits_of(weight[i])
-
-
-@jit_ieee
-def _adamw_low(
-    weight: np.ndarray, first: np.ndarray, second: np.ndarray, gradient: np.ndarray, low: np.ndarray,
-    share_1: float, share_2: float, rate: float, epsilon: float, keep: float,
-) -> None:  # fmt: skip
     n_low = len(low)
     for i in range(len(weight)):
-        g = float_of(gradient[i])
+        g = read(gradient[i])
         moment = first[i] + share_1 * (g - first[i])
         square = second[i] + share_2 * (g * g - second[i])
         first[i], second[i] = moment, square
         new = keep * weight[i] - rate * moment / (np.sqrt(square) + epsilon)
         weight[i] = new
         if n_low:
-            low[i] = bits_of(new)
+            write(low, i, new)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mach.encoders import SparseBatch
-from mach.kernels import array_of, float_of, in_threads, jit_sums
+from mach.kernels import array_of, in_threads, jit_sums, read
 
 TASKS = 8  # a thread, so that none waits long for the last
 
@@ -34,8 +34,7 @@ def update_rows_of(
     numbers = dtype(rate), dtype(1 - beta), dtype(1 / correction), dtype(epsilon)
     arrays = (batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_NRD.transpose(0, 1))
     shared = weight_FRD.numpy(), second_FR.numpy(), *(array_of(x.contiguous()) for x in arrays)
-    kernel = _update_low if grad_NRD.dtype == torch.bfloat16 else _update
-    in_threads(kernel, [(*shared, *numbers, int(a), int(b)) for a, b in itertools.pairwise(cuts)], n_threads)
+    in_threads(_update, [(*shared, *numbers, int(a), int(b)) for a, b in itertools.pairwise(cuts)], n_threads)
 
 
 @jit_sums
@@ -73,40 +72,11 @@ def _update(
                 one, two = grad_RND[r, samples[i]], grad_RND[r, samples[i + 1]]
                 three, four = grad_RND[r, samples[i + 2]], grad_RND[r, samples[i + 3]]
                 for j in range(D):
-                    sums[j] += a * one[j] + b * two[j] + c * three[j] + d * four[j]
+                    sums[j] += a * read(one[j]) + b * read(two[j]) + c * read(three[j]) + d * read(four[j])
                 i += 4
             while i < end:
                 a, one = values[i], grad_RND[r, samples[i]]
                 for j in range(D):
-                    sums[j] += a * one[j]
-                i += 1
-            _adam(weight_FRD[f, r], second_FR, f, r, sums, rate, share, inverse, epsilon)
-
-
-@jit_sums
-def _update_low(
-    weight_FRD: np.ndarray, second_FR: np.ndarray,
-    features: np.ndarray, offsets: np.ndarray, samples: np.ndarray, values: np.ndarray, grad_RND: np.ndarray,
-    rate: float, share: float, inverse: float, epsilon: float, first: int, last: int,
-) -> None:  # fmt: skip
-    """Do as `_update` does, with a gradient in bfloat16: half the memory to read, for each entry of the batch anew."""
-    _, R, D = weight_FRD.shape
-    sums = np.empty(D, weight_FRD.dtype)
-    for u in range(first, last):
-        f, begin, end = features[u], offsets[u], offsets[u + 1]
-        for r in range(R):
-            sums[:] = 0
-            i = begin
-            while i + 4 <= end:
-                a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
-                one, two = grad_RND[r, samples[i]], grad_RND[r, samples[i + 1]]
-                three, four = grad_RND[r, samples[i + 2]], grad_RND[r, samples[i + 3]]
-                for j in range(D):
-                    sums[j] += a * float_of(one[j]) + b * float_of(two[j]) + c * float_of(three[j]) + d * float_of(four[j])
-                i += 4
-            while i < end:
-                a, one = values[i], grad_RND[r, samples[i]]
-                for j in range(D):
-                    sums[j] += a * float_of(one[j])
+                    sums[j] += a * read(one[j])
                 i += 1
             _adam(weight_FRD[f, r], second_FR, f, r, sums, rate, share, inverse, epsilon)

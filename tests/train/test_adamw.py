@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mach.kernels import bits_of, float_of
 from mach.train import adamw
-from mach.train.adamw import adamw_, bits_of, float_of
+from mach.train.adamw import adamw_
 
 NUMBERS = {"step": 3, "rate": 0.1, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.1}
 
