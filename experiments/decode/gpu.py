@@ -16,29 +16,30 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # before Triton is imported
+
+from mach.config import Estimator, Family
+from mach.decoding import reference
+from mach.decoding.device import DeviceTopK, How, topk_on_device
+from mach.decoding.device.search import search_blocks, width_for
+from mach.decoding.scan import AGGREGATES, SUM, scan_topk
+from mach.hashing.device import DeviceTable
+from mach.hashing.table import LabelTable
+
 IS_GPU = torch.cuda.is_available()
-if not IS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-from mach.config import Estimator  # noqa: E402
-from mach.decoding import reference  # noqa: E402
-from mach.decoding.device import DeviceTopK, topk_on_device  # noqa: E402
-from mach.decoding.device.search import search_blocks, width_for  # noqa: E402
-from mach.decoding.scan import AGGREGATES, SUM, scan_topk  # noqa: E402
-from mach.hashing.device import DeviceTable  # noqa: E402
-from mach.hashing.table import LabelTable  # noqa: E402
-
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
 DEVICE = torch.device("cuda" if IS_GPU else "cpu")
-WAYS = ["torch", "triton"] if HAS_TRITON else ["torch"]
+WAYS: list[How] = ["torch", "triton"] if HAS_TRITON else ["torch"]
 GIB = 1 << 30
 
 
@@ -77,15 +78,17 @@ def check(small: bool) -> str:
     """Compare every way with the reference in float64 loops and with the CPU's scan, bit for bit; give what was compared."""
     rng, n_checked = np.random.default_rng(0), 0
     estimators: tuple[Estimator, ...] = ("mean", "logits", "min") if small else ("mean", "logits", "log-probs", "min", "median")
+    families: tuple[Family, ...] = ("carter-wegman", "multiply-shift")
     for n_labels in (70, 300) if small else (300, 5000, 100_003):
-        for family in ("carter-wegman", "multiply-shift"):
-            table = LabelTable.hashed(n_labels, min(60, n_labels), 5, family=family)  # type: ignore[arg-type]
+        for family in families:
+            table = LabelTable.hashed(n_labels, min(60, n_labels), 5, family=family)
             for estimator in estimators:
                 for spread, k in ((2.0, 7), (100.0, 1), (100.0, 40)):  # small integers: exact sums, many ties
                     scores_NRB = rng.normal(0, spread, (3, 5, table.n_buckets)).round().astype(np.float32)
                     scanned = scan_topk(scores_NRB, table.array(), k, estimator=estimator)
                     for way in WAYS:
-                        found = topk_on_device(torch.from_numpy(scores_NRB).to(DEVICE), table, k, estimator=estimator, how=way)  # type: ignore[arg-type]
+                        scores = torch.from_numpy(scores_NRB).to(DEVICE)
+                        found = topk_on_device(scores, table, k, estimator=estimator, how=way)
                         assert np.array_equal(found.labels.cpu().numpy(), scanned.labels), (n_labels, family, estimator, way)
                         assert np.array_equal(found.scores.cpu().numpy(), scanned.scores), (n_labels, family, estimator, way)
                         n_checked += 1
@@ -180,13 +183,14 @@ def measure(setting: Setting, n_samples: int, ceiling: float, copied: float) -> 
             scores_NRB = scores_like(kind, setting, table, n_samples, k)
             looked_up = scores_NRB.numel() // setting.n_buckets * setting.n_labels
             first: DeviceTopK | None = None
-            for way in (*WAYS, "pruned"):
+            ways: list[How | Literal["pruned"]] = [*WAYS, "pruned"]
+            for way in ways:
                 found = _decode(scores_NRB, table, k, way)
                 first = first or found
                 assert torch.equal(found.labels, first.labels), (setting, kind, k, way)
                 assert torch.equal(found.scores, first.scores), (setting, kind, k, way)
                 proven = float(found.is_pruned.float().mean())
-                taken_s = seconds(lambda scores_NRB=scores_NRB, k=k, way=way: _decode(scores_NRB, table, k, way))  # type: ignore[misc]
+                taken_s = seconds(partial(_decode, scores_NRB, table, k, way))
                 scanned = "" if way == "pruned" else f"{looked_up / taken_s / 1e9:.3g} ({looked_up / taken_s / ceiling:.0%})"
                 read = scores_NRB.numel() * 4 / taken_s / copied
                 lines.append(
@@ -197,9 +201,9 @@ def measure(setting: Setting, n_samples: int, ceiling: float, copied: float) -> 
     return lines
 
 
-def _decode(scores_NRB: torch.Tensor, table: LabelTable, k: int, way: str) -> DeviceTopK:
-    how = WAYS[-1] if way == "pruned" else way
-    return topk_on_device(scores_NRB, table, k, estimator="logits", how=how, prune=way == "pruned")  # type: ignore[arg-type]
+def _decode(scores_NRB: torch.Tensor, table: LabelTable, k: int, way: How | Literal["pruned"]) -> DeviceTopK:
+    how: How = WAYS[-1] if way == "pruned" else way
+    return topk_on_device(scores_NRB, table, k, estimator="logits", how=how, prune=way == "pruned")
 
 
 def stages(setting: Setting, n_samples: int, k: int) -> str:
