@@ -14,7 +14,9 @@ from typing import Any, TypeVar, cast
 import numba
 import numba.extending
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 N_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores this process may use; the environment variable of that name lowers it
 
@@ -41,6 +43,18 @@ def array_of(tensor: Any) -> Any:
     import torch  # here, since most kernels need none of it
 
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _typed_lowest(typing_context: Any, bits: Any) -> Any:
+    """Give the place of the lowest bit that is set; there must be one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
+
+
+lowest_bit = intrinsic(_typed_lowest)
 
 
 @jit

@@ -28,7 +28,7 @@ from mach.decoding.exact import COSTS, exact_topk, first_depth
 from mach.decoding.scan import scan_topk
 from mach.hashing.table import LabelTable
 
-ONLY_SEARCH = COSTS._replace(scan=1e9, median=1e9)
+ONLY_SEARCH = COSTS._replace(scan=1e9, median=1e9, coarse=1e9)
 
 
 def trained_like(table: LabelTable, n_samples: int, *, flatness: float = 1.0, n_related: int = 200, seed: int = 0) -> np.ndarray:

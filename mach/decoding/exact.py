@@ -2,7 +2,8 @@
 
 The search (`pruned`) reads R B bucket scores and then only the labels of the best buckets; the scan (`scan`) looks up R K. Which
 is quicker depends on how far the k best stand out, which only the scores tell: each sample is searched until its certificate is
-predicted to cost more than its share of a scan, and such samples are scanned together, eight at a time.
+predicted to cost more than its share of a scan, and such samples are scanned together: eight at a time, or, where scores are
+added up and there are enough of them, 32 at a time in bytes (`coarse`).
 
 Axes: N samples, R repetitions, B buckets, K labels.
 """
@@ -18,19 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from mach.config import Estimator
-from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, no_lists
+from mach.decoding.coarse import LANES, coarse_topk
+from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, joined, no_lists
 from mach.decoding.pruned import ASKED_ROWS, FEW, FEW_ROWS, GUESS_ROWS, Costs, Scratch, prune, scratch
-from mach.decoding.scan import AGGREGATES, MEDIAN, scan_topk
+from mach.decoding.scan import AGGREGATES, MEDIAN, SUM, scan_topk
 from mach.decoding.topk import GROUP, NO_LABEL, Float32, TopK, check_k, finish, frozen
 from mach.errors import ConfigError
 from mach.hashing.table import LabelTable, bucket_dtype
 from mach.kernels import N_THREADS, in_threads
 
 # ns, one core of an AMD EPYC (Zen 5): fitted by `python experiments/exact/run.py fit`
-COSTS = Costs(read=0.1, open=120.0, touch=1.35, score=3.5, scan=0.95, median=3.9, invert=8.0)
+COSTS = Costs(read=0.1, open=120.0, touch=1.35, score=3.5, scan=0.95, median=3.9, coarse=1.1, pack=0.4, invert=8.0)
 
 WASTE = 0.1  # of a scan's time, at most, is risked on searches that may be given up
 FIRST_DEPTH = 192  # the most buckets of a repetition that are looked at before theta is known
+MANY = 64  # times k labels, at least, are worth a scan in bytes: it holds candidates
 MEMORY_LABELS = 1 << 20  # scored for one sample, at most: 24 MiB a thread
 
 
@@ -81,7 +84,7 @@ def exact_topk(
     subset = None if restrict is None else check_restrict(restrict, K, k)
     n_allowed = K if subset is None else len(subset)
     lists = no_lists(N) if exclude is None else check_exclude(exclude, N, K, subset, k)
-    scan_ns = R * n_allowed * (costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan) / max(1, min(N, GROUP))
+    scan_ns, _ = _scan_ns(table, N, n_allowed, k, estimator, costs)
     numbers_N3 = np.zeros((N, 3), np.int64)
     numbers_N3[:, 0] = -1
     top = TopK(np.full((N, k), NO_LABEL), np.full((N, k), -np.inf, np.float32))
@@ -96,7 +99,8 @@ def exact_topk(
         numbers_N3[left] = np.stack([proof.depth, proof.n_scored, proof.n_touched], axis=1)
         top.labels[left], top.scores[left] = found.labels, found.scores
     elif len(left):
-        found = _scan(scores_NRB, table, k, left, estimator, subset, lists, n_threads)
+        in_bytes = _scan_ns(table, len(left), n_allowed, k, estimator, costs)[1]
+        found = _scan(scores_NRB, table, k, left, estimator, subset, lists, in_bytes, n_threads)
         top.labels[left], top.scores[left] = found.labels, found.scores
     return top, Certificate(*numbers_N3[:, [0, 2, 1]].T.copy())
 
@@ -104,6 +108,17 @@ def exact_topk(
 def first_depth(k: int, n_buckets: int) -> int:
     """Give how many buckets of each repetition to look at first: the k best labels are most often among so many."""
     return max(1, min(8 + 3 * k // 2, FIRST_DEPTH, n_buckets // 16))
+
+
+def _scan_ns(
+    table: LabelTable, n_samples: int, n_allowed: int, k: int, estimator: Estimator, costs: Costs
+) -> tuple[float, bool]:  # fmt: skip
+    """Predict what a scan costs a sample, and tell whether that in bytes is the quicker."""
+    R, n = table.n_repetitions, max(1, n_samples)
+    plain_ns = R * n_allowed * (costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan) / min(n, GROUP)
+    bytes_ns = R * (n_allowed * costs.coarse / min(n, LANES) + table.n_buckets * costs.pack)
+    may = AGGREGATES[estimator] == SUM and n_allowed >= MANY * k
+    return (bytes_ns, True) if may and bytes_ns < plain_ns else (plain_ns, False)
 
 
 def _try_ns(table: LabelTable, k: int, costs: Costs) -> float:
@@ -201,15 +216,13 @@ def longest_bucket(table: LabelTable) -> int:
 
 def _scan(
     scores_NRB: Float32, table: LabelTable, k: int, samples: Int64, estimator: Estimator,
-    subset: Int64 | None, lists: Lists, n_threads: int,
+    subset: Int64 | None, lists: Lists, in_bytes: bool, n_threads: int,
 ) -> TopK:  # fmt: skip
     """Scan some of the samples, over the subset alone where there is one."""
     rows = [lists.labels[lists.starts[n] : lists.starts[n + 1]] for n in samples]
     if subset is not None:
         rows = [np.searchsorted(subset, row) for row in rows]
-    starts = np.zeros(len(samples) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=starts[1:])
-    without = Lists(starts, np.concatenate([*rows, np.zeros(0, np.int64)]))
+    without = joined(rows)
     if subset is None:
         table_RM = table.array()
     elif table.is_arithmetic:
@@ -218,5 +231,8 @@ def _scan(
     else:
         table_RM = np.ascontiguousarray(table.array()[:, subset])
     picked_NRB = scores_NRB if len(samples) == len(scores_NRB) else scores_NRB[samples]
-    found = scan_topk(picked_NRB, table_RM, k, estimator=estimator, without=without, n_threads=n_threads)
+    if in_bytes:
+        found = coarse_topk(picked_NRB, table_RM, k, without=without, n_threads=n_threads)
+    else:
+        found = scan_topk(picked_NRB, table_RM, k, estimator=estimator, without=without, n_threads=n_threads)
     return found if subset is None else TopK(subset[found.labels], found.scores)

@@ -36,6 +36,18 @@ def no_lists(n_samples: int) -> Lists:
     return Lists(np.zeros(n_samples + 1, np.int64), np.zeros(0, np.int64))
 
 
+def lists_of(lists: Lists, samples: Int64) -> Lists:
+    """Give the lists of some of the samples."""
+    return joined([lists.labels[lists.starts[n] : lists.starts[n + 1]] for n in samples])
+
+
+def joined(rows: Sequence[Int64]) -> Lists:
+    """Lay lists end to end."""
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=starts[1:])
+    return Lists(starts, np.concatenate([*rows, np.zeros(0, np.int64)]))
+
+
 def check_restrict(restrict: npt.ArrayLike, n_labels: int, k: int) -> Int64:
     """Give the distinct labels of a subset, sorted.
 
@@ -61,9 +73,7 @@ def check_exclude(exclude: Sequence[npt.ArrayLike], n_samples: int, n_labels: in
     for n, row in enumerate(rows):
         if k > n_allowed - len(row):
             raise ConfigError(f"k={k} is above the {n_allowed - len(row)} labels that sample {n} is left with: exclude fewer")
-    starts = np.zeros(n_samples + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=starts[1:])
-    return Lists(starts, np.concatenate([*rows, np.zeros(0, np.int64)]))
+    return joined(rows)
 
 
 def _labels(given: npt.ArrayLike, name: str, n_labels: int) -> Int64:

@@ -36,7 +36,7 @@ from mach.decoding.only import Only
 from mach.decoding.scan import MIN, SUM, aggregate_one
 from mach.decoding.topk import Float32, Int64, is_excluded, is_worse, replace_worst
 from mach.hashing.inverse import Inverse, Words, first_of_progression, small_buckets
-from mach.kernels import jit
+from mach.kernels import jit, lowest_bit
 
 PEAK = 32  # buckets of a peak: two vectors of 64 bytes
 GUESS_ROWS = 32  # repetitions that the guess opens
@@ -68,6 +68,8 @@ class Costs(NamedTuple):
     score: float  # a repetition of a label that is scored
     scan: float  # a repetition of a label in the scan, for eight samples at once
     median: float  # the same for the median
+    coarse: float  # the same for a sum of bytes, for 32 samples at once
+    pack: float  # a bucket score made a byte
     invert: float  # a repetition of a label, sorted by bucket for a family that is not arithmetic
 
 
@@ -164,16 +166,7 @@ def _typed_from(typing_context: Any, row_B: Any, at: Any, level: Any) -> Any:
     return types.int64(row_B, types.intp, types.float32), _codegen_from
 
 
-def _typed_lowest(typing_context: Any, bits: Any) -> Any:
-    """Give the place of the lowest bit that is set; there must be one."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
-
-
-_peak, _from, _lowest = intrinsic(_typed_peak), intrinsic(_typed_from), intrinsic(_typed_lowest)
+_peak, _from = intrinsic(_typed_peak), intrinsic(_typed_from)
 
 
 @jit
@@ -359,7 +352,7 @@ def _collect(row_B: Float32, peaks_M: Float32, level: np.float32, keys: Int64) -
         if (m + 1) * PEAK <= len(row_B):
             bits = _from(row_B, m * PEAK, level)
             while bits:
-                b = m * PEAK + _lowest(bits)
+                b = m * PEAK + lowest_bit(bits)
                 bits &= bits - 1
                 keys[n] = (-_ordered(row_B[b]) << 32) | b
                 n += 1

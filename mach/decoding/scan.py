@@ -49,7 +49,7 @@ def scan_topk(
     Raises:  ConfigError if k is outside [1, K], or the repetitions of scores and table differ.
     """
     check_k(k, table_RK.shape[1])
-    _check_repetitions(scores_NRB, table_RK)
+    check_repetitions(scores_NRB, table_RK)
     starts_N, without_L = without or no_lists(len(scores_NRB))
     inputs = (frozen(scores_NRB), frozen(table_RK), AGGREGATES[estimator], starts_N, without_L)
     return search(_offer_labels, inputs, len(scores_NRB), table_RK.shape[1], k, n_threads)
@@ -60,7 +60,7 @@ def score_labels(scores_NRB: Float32, table_RK: Buckets, labels_NM: Int64, *, es
 
     Raises: ConfigError if a label is outside [0, K), or the repetitions of scores and table differ.
     """
-    _check_repetitions(scores_NRB, table_RK)
+    check_repetitions(scores_NRB, table_RK)
     n_labels = table_RK.shape[1]
     if labels_NM.size and not (labels_NM.min() >= 0 and labels_NM.max() < n_labels):
         raise ConfigError(f"labels must lie in [0, {n_labels}), got {labels_NM.min()}..{labels_NM.max()}")
@@ -69,7 +69,8 @@ def score_labels(scores_NRB: Float32, table_RK: Buckets, labels_NM: Int64, *, es
     return out_NM
 
 
-def _check_repetitions(scores_NRB: Float32, table_RK: Buckets) -> None:
+def check_repetitions(scores_NRB: Float32, table_RK: Buckets) -> None:
+    """Raise ConfigError unless scores and table are of as many repetitions."""
     if scores_NRB.shape[1] != len(table_RK):
         raise ConfigError(
             f"the scores hold {scores_NRB.shape[1]} repetitions, the table {len(table_RK)}: select the same of both"

@@ -18,7 +18,7 @@ from mach.hashing.table import LabelTable
 
 ESTIMATORS = Estimator.__args__
 AGGREGATE = {"mean": sum, "logits": sum, "log-probs": sum, "min": min, "median": statistics.median}
-ALWAYS = COSTS._replace(scan=1e9, median=1e9)  # a scan is never cheaper
+ALWAYS = COSTS._replace(scan=1e9, median=1e9, coarse=1e9)  # a scan is never cheaper
 NEVER = COSTS._replace(scan=0.0, median=0.0)
 
 
