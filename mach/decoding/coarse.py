@@ -1,9 +1,9 @@
-"""The scan in bytes: sums of rounded scores dismiss most labels, 32 samples a load; the others are scored exactly, as in `scan`.
+"""The scan in bytes: sums of rounded scores dismiss most labels, 32 samples a load; what is left is scored as `scan` does.
 
-A sample's score s becomes the byte q = 1 + floor((s - f_r) / d): f_r is the least score of its repetition, d the widest range of a
-repetition over 254. A label's score less sum f_r is below d sum q and at least d (sum q - R). So where k labels have a sum
-of v or more, one whose sum is v - R or less is not among the k best. What is left at the end is scored exactly. A sample with too
-much left, as where many labels are equal or one bucket dwarfs all others, is scanned.
+A sample's score s becomes the byte q = 1 + floor((s - f_r) / d): f_r is the least score of its repetition, d the widest range of
+a repetition over 254. A label's score less sum f_r is below d sum q and at least d (sum q - R). So where k labels have a sum of
+v or more, one whose sum is v - R or less is not among the k best. A sample with too many labels left, as where many are equal or
+one bucket dwarfs all others, is scanned.
 
 Rounding: a float32 sum of R terms is within R 2**-24 sum max |s_r| of the exact one, of which twice is allowed to each of the two
 labels compared; a byte's own error is below 2**-22 of it.
