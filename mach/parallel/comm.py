@@ -82,12 +82,13 @@ class Begun:
 
 def as_bytes(rows: Tensor) -> Tensor:
     """Give rows (n, ...) as bytes (n, row bytes)."""
-    return rows.contiguous().view(len(rows), rows[0:0].new_empty((1, *rows.shape[1:])).numel()).view(torch.uint8)
+    row_bytes = rows.shape[1:].numel() * rows.element_size()
+    return rows.contiguous().view(-1).view(torch.uint8).view(len(rows), row_bytes)
 
 
 def as_rows(data: Tensor, like: Tensor) -> Tensor:
     """Turn bytes (n, row bytes) back into rows of another tensor's type and shape."""
-    return data.view(like.dtype).view(len(data), *like.shape[1:])
+    return data.view(-1).view(like.dtype).view(len(data), *like.shape[1:])
 
 
 def sum_in_order(parts: Tensor, size: int) -> Tensor:

@@ -20,6 +20,7 @@ BEAT_S = 1.0  # between signs of life
 SILENT_S = 8.0  # after which who gave none is gone
 LOOK_S = 0.02  # between looks into the store
 TEXT = 300  # characters of an error that are passed on
+GONE = "is gone: it gives no more signs of life"
 VERDICT = "mach/verdict"
 
 _Found = TypeVar("_Found")
@@ -54,7 +55,7 @@ class Vigil:
             while not self._store.check(keys):
                 self._refuse()
                 for rank in self._silent():
-                    raise self._judge(rank, f"gave no sign of life for {SILENT_S:.0f} s")
+                    raise self._judge(rank, GONE)
                 time.sleep(LOOK_S)
             return [self._store.get(key).decode() for key in keys]
 
@@ -68,7 +69,7 @@ class Vigil:
             while time.monotonic() < deadline:
                 self._refuse()
                 for rank in self._silent():
-                    return self._judge(rank, "is gone: it was killed, or its machine cannot be reached")
+                    return self._judge(rank, GONE)
                 time.sleep(LOOK_S)
             begun = [self._begun(rank) for rank in range(self._size)]
             if min(begun) < max(begun):
