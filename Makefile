@@ -4,8 +4,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 POPULATION ?= 100000
+HOROVOD_VENV ?= .venv-horovod
+HOROVOD_BIN := $(HOROVOD_VENV)/bin
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-horovod lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +27,19 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/pytest -m ''
 
+$(HOROVOD_VENV)/.installed: pyproject.toml .ci/cxx17
+	$(PYTHON) -m venv $(HOROVOD_VENV)
+	$(HOROVOD_BIN)/pip install --quiet --disable-pip-version-check $(TORCH) wheel packaging setuptools
+	HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 \
+	CXX=$(CURDIR)/.ci/cxx17 MAKEFLAGS=-j2 \
+	$(HOROVOD_BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps horovod==0.28.1
+	$(HOROVOD_BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,horovod]'
+	touch $@
+
+# Builds Horovod beside torch in an environment of its own (minutes; needs cmake and g++), and tests what uses it.
+test-horovod: $(HOROVOD_VENV)/.installed
+	$(HOROVOD_BIN)/pytest -m '' tests/parallel/test_horovod.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +50,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(HOROVOD_VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, 
 
 from mach.config import Config, Estimator, load_config
 from mach.draw import bar
-from mach.errors import MachError, ModelError, Stopped
+from mach.errors import DataError, MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
     from mach.data import Dataset
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except Stopped as stop:
         how = "--resume" if args.command == "train" else "the same command"
-        print(f"{LINE_OF_CTRL_C if stop.status else ''}mach {args.command}: {stop}; go on with {how}", file=sys.stderr)
+        if _is_first():
+            print(f"{LINE_OF_CTRL_C if stop.status else ''}mach {args.command}: {stop}; go on with {how}", file=sys.stderr)
         return stop.status
     except KeyboardInterrupt:
         print(f"{LINE_OF_CTRL_C}mach {args.command}: stopped; checkpoints and finished files are kept", file=sys.stderr)
@@ -93,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(train)
     train.add_argument("--resume", action="store_true", help="go on from the checkpoints of a run that was stopped")
     train.add_argument("--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints (default 120)")
+    train.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=40.0,
+        metavar="S",
+        help="under torchrun: time that a step waits for a rank (default 40)",
+    )
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run folder")
 
     predict = command("predict", _predict, "Write the best labels of a split's samples to a Parquet file.")
@@ -264,6 +272,10 @@ def _dataset(path: str, out: str) -> Dataset:
 
     if (Path(path) / "manifest.json").exists() or not any(Path(path).glob("train.*")):
         return Dataset.open(path)
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", "1"))) > 1:
+        raise DataError(
+            f"{path}: is not a data set yet, and several processes would prepare it at once; run `mach prepare` first"
+        )
     run = Path(out).resolve()
     beside = run.with_name(run.name + ".data")
     with _bar(f"preparing {beside}") as progress:
@@ -295,10 +307,18 @@ def _train(args: argparse.Namespace) -> None:
         checkpoint_s=args.checkpoint_seconds,
         tensorboard=args.tensorboard,
         progress=True,
+        timeout_s=args.rank_timeout,
     )
+    if not _is_first():
+        return
     records = Run.open(args.out).records().values()
     total = sum(r["parameters"] for r in records), sum(r["bytes"] for r in records), sum(r["train_s"] for r in records)
     _say(f"{args.out}: {_repetitions(len(records))}, {total[0]:,} parameters, {total[1]:,} bytes, {total[2]:.1f} s of training")
+
+
+def _is_first() -> bool:
+    """Tell whether this process speaks for those that torchrun or horovodrun started with it."""
+    return "0" == os.environ.get("RANK", os.environ.get("HOROVOD_RANK", "0"))
 
 
 def _repetitions(n: int) -> str:

@@ -22,6 +22,10 @@ class ModelError(MachError):
     """A run folder that is missing, broken, of another format or of another data set."""
 
 
+class RankLost(MachError):
+    """Another process that trains the same model is gone or stuck: names its rank, and why where that is known."""
+
+
 class MissingExtra(MachError):
     """An optional package is absent: names what needs it and the pip line that brings it."""
 

@@ -30,6 +30,7 @@ from mach.encoders import MLP, DenseBatch, Dropout, SparseBatch, input_for, make
 from mach.errors import ConfigError, DataError, ModelError
 from mach.hashing import LabelTable
 from mach.heads import LinearHead, Positives, Update
+from mach.heads.shard import normal_rows
 
 INPUT = "input.weight"
 INPUT_SCALE = 0.1  # standard deviation of the initial input weights
@@ -69,8 +70,12 @@ def feature_buckets(config: Config, sizes: Sizes, repetitions: Sequence[int]) ->
     return table.array()
 
 
-def initial_parameters(config: Config, sizes: Sizes, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
+def initial_parameters(
+    config: Config, sizes: Sizes, generator: torch.Generator, dtype: torch.dtype, outputs: range | None = None
+) -> dict[str, Tensor]:
     """Draw one repetition's weights, in a fixed order, from its own generator: normal, scaled by the fan-in.
+
+    With `outputs`, a run of the B buckets, only those of the head are given: the same as without, in memory of their own size.
 
     Biases are zero but the head's, which start where an output that is positive as seldom as buckets are on average belongs:
     otherwise most of the training goes into learning that almost every bucket is negative.
@@ -84,8 +89,10 @@ def initial_parameters(config: Config, sizes: Sizes, generator: torch.Generator,
     for i in range(config.layers):
         parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
         parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
-    bias = torch.full((B,), prior_output(config.loss, sizes.labels_a_sample / B), dtype=dtype)
-    return {**parameters, "head.weight": normal(B, D, scale=1 / math.sqrt(D)), "head.bias": bias}
+    outputs = range(B) if outputs is None else outputs
+    weight = normal_rows((B, D), outputs, generator).mul_(1 / math.sqrt(D)).to(dtype)
+    bias = torch.full((len(outputs),), prior_output(config.loss, sizes.labels_a_sample / B), dtype=dtype)
+    return {**parameters, "head.weight": weight, "head.bias": bias}
 
 
 def prior_output(loss: Loss, share: float) -> float:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
@@ -17,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mach.comm import Ready
 from mach.data import write_dataset
 from mach.train.log import read_log
 
@@ -119,3 +121,69 @@ def started():
     yield start
     for process in processes:
         process.kill()
+
+
+class ThreadComm:
+    """Ranks that are threads of this process: what they exchange lies on one board."""
+
+    def __init__(self, rank, board, meeting):
+        self.rank, self.size, self._board, self._meeting = rank, len(board), board, meeting
+
+    def _swap(self, value):
+        self._board[self.rank] = value
+        self._meeting.wait()
+        values = list(self._board)
+        self._meeting.wait()
+        return values
+
+    def all_gather(self, part, lengths):
+        parts = self._swap(part.clone())
+        assert [len(p) for p in parts] == list(lengths)
+        return Ready(torch.cat(parts))
+
+    def reduce_scatter(self, whole, lengths):
+        parts = [part.split(list(lengths))[self.rank] for part in self._swap(whole.clone())]
+        return Ready(sum(parts[1:], parts[0].clone()))
+
+    def all_reduce(self, value, operation="sum"):
+        values = torch.stack(self._swap(value.clone()))
+        return Ready(values.sum(0) if operation == "sum" else values.amax(0))
+
+    def broadcast(self, value):
+        return self._swap(value)[0]
+
+    def barrier(self):
+        self._swap(None)
+
+    def fail(self, error):
+        self._meeting.abort()
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def ranks():
+    """Call a function of a `Comm` on P ranks that are threads: `results = ranks(P, function)`, in the order of the ranks."""
+
+    def call(size, function):
+        board, meeting, results, errors = [None] * size, threading.Barrier(size, timeout=60), [None] * size, []
+
+        def work(rank):
+            comm = ThreadComm(rank, board, meeting)
+            try:
+                results[rank] = function(comm)
+            except BaseException as error:
+                comm.fail(error)
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    return call

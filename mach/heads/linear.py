@@ -24,6 +24,7 @@ from mach.config import Loss
 from mach.heads import losses
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of the outputs of one chunk of buckets
+LATE_CHUNKS = 2  # whose weights are updated after the hidden vectors' gradient is told: each holds its outputs until then
 
 Update = Callable[[str, slice, Tensor, Tensor | None], None]  # parameter name, buckets, their gradient, a copy to renew
 
@@ -68,13 +69,18 @@ class LinearHead:
         return out
 
     def step(
-        self, hidden_RND: Tensor, positives: Positives, *, loss: Loss, update: Update, want_loss: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_RND: Tensor, positives: Positives, *, loss: Loss, update: Update, want_loss: bool,
+        join_log_total: Callable[[Tensor], Tensor] | None = None, tell_gradient: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Update the head on one batch and give the gradient of the mean loss with respect to the hidden vectors.
 
         `update(name, buckets, gradient, copy)` is called once a chunk for "head.weight" and "head.bias", after the chunk's old
         weights have served; `copy` (R, B, D) holds the weights in the type of the products, where that is another, or is None.
         Losses are summed over outputs and averaged over samples.
+
+        A head that is a shard of a larger one turns the log-sum-exp (R, N) of its own outputs into that of all by
+        `join_log_total`, for the softmax. `tell_gradient` gets the gradient to be returned, complete, before the weights of the
+        last LATE_CHUNKS chunks are updated, so that sending it runs beside that.
 
         Returns: gradient (R, N, D), of the weights' type; the loss of each repetition (R,) in nats a sample (squared units
                  for the hinge), if wanted.
@@ -83,18 +89,33 @@ class LinearHead:
         weight = self._weight_as(hidden_RND.dtype)
         chunks = list(self._chunks(N, hidden_RND.element_size()))
         log_total = self._log_total(hidden_RND, weight, chunks) if loss == "softmax" else None
+        if log_total is not None and join_log_total is not None:
+            log_total = join_log_total(log_total)
+        n_late, late = 0 if tell_gradient is None else min(LATE_CHUNKS, len(chunks)), []
         mean_hidden = hidden_RND / N  # so that no pass over the outputs is spent on the division
         grad_hidden = torch.zeros_like(hidden_RND, dtype=self.weight.dtype)
         total = torch.zeros_like(self.bias[:, 0])
-        for chunk in chunks:
-            z = self._outputs(hidden_RND, weight, chunk)
-            value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
-            total += 0 if value is None else value
-            grad_hidden += torch.bmm(z, weight[:, chunk])
+
+        def learn(chunk: slice, z: Tensor) -> None:
             gradient = self._room("gradient", z.dtype, len(weight), z.shape[2], weight.shape[2])
             update("head.weight", chunk, torch.bmm(z.transpose(1, 2), mean_hidden, out=gradient), self._low)
             update("head.bias", chunk, z.sum(1, dtype=self.bias.dtype).div_(N), None)
-        return grad_hidden.div_(N), total / N if want_loss else None
+
+        for i, chunk in enumerate(chunks):
+            z = self._outputs(hidden_RND, weight, chunk, f"outputs {max(0, n_late - len(chunks) + i)}")
+            value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
+            total += 0 if value is None else value
+            grad_hidden += torch.bmm(z, weight[:, chunk])
+            if i < len(chunks) - n_late:
+                learn(chunk, z)
+            else:
+                late.append((chunk, z))
+        grad_hidden.div_(N)
+        if tell_gradient is not None:
+            tell_gradient(grad_hidden)
+        for chunk, z in late:
+            learn(chunk, z)
+        return grad_hidden, total / N if want_loss else None
 
     def _weight_as(self, dtype: torch.dtype) -> Tensor:
         """Give the weights in the type of the products; a copy is kept, and brought up to date by `step` chunk by chunk."""
@@ -117,10 +138,10 @@ class LinearHead:
         width = max(1, self.chunk_bytes // (R * max(1, n_samples) * n_bytes))
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 
-    def _outputs(self, hidden_RND: Tensor, weight_RBD: Tensor, chunk: slice) -> Tensor:
+    def _outputs(self, hidden_RND: Tensor, weight_RBD: Tensor, chunk: slice, room: str = "outputs 0") -> Tensor:
         bias = self.bias[:, chunk].unsqueeze(1).to(hidden_RND.dtype)
         (R, N, _), C = hidden_RND.shape, bias.shape[2]
-        z = self._room("outputs", hidden_RND.dtype, R, N, C)
+        z = self._room(room, hidden_RND.dtype, R, N, C)
         return torch.baddbmm(bias, hidden_RND, weight_RBD[:, chunk].transpose(1, 2), out=z)
 
     def _log_total(self, hidden_RND: Tensor, weight_RBD: Tensor, chunks: list[slice]) -> Tensor:

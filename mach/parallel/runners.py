@@ -19,10 +19,12 @@ from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.files import clear_leftovers, free_bytes
 from mach.model import Model, resolve_device
+from mach.parallel.comm import TIMEOUT_S, launched
 from mach.parallel.memory import free_memory, group_size, is_out_of_memory
 from mach.parallel.plan import disk_bytes, plan_groups
 from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
+from mach.store.shards import is_cut
 from mach.train.checkpoint import FOLDER, best_path, checkpoint_path, leftover_checkpoints, read_progress, split_checkpoint
 from mach.train.group import Job, Left, train_group
 from mach.train.log import append_warning, log_path
@@ -44,10 +46,12 @@ def train(
     tensorboard: bool = False,
     progress: bool = False,
     stop: str | Path | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Model:
     """Train an ensemble, or some of its repetitions, into a run folder, and load it.
 
     Repetitions that are finished there stay as they are, so an ensemble grows, and a lost repetition is trained alone.
+    Processes that torchrun or horovodrun started train one full head together, each its run of the labels.
 
     Args:    out, the run folder; without it, a temporary one that lives as long as the model.
              repetitions, their numbers; without them 0..R-1 of the config.
@@ -55,11 +59,22 @@ def train(
              resume, go on from the checkpoints of a run that was stopped: same bits as if it never had been.
              checkpoint_s, seconds between checkpoints; progress, bars on the terminal.
              stop, a file: once it exists, training stops as after a signal.
+             timeout_s, seconds that processes which train a head together wait for each other in a step.
     Raises:  ConfigError, DataError or ModelError: what came, what is allowed, what to do.
              Stopped, a KeyboardInterrupt, after SIGTERM or Ctrl-C: each group has ended its step and written its checkpoint, and
              resume=True goes on. A second signal stops at once.
     """
     wanted = _wanted(config, repetitions)
+    if launched().size > 1 or (out is not None and config.table == "identity" and is_cut(Path(out))):
+        from mach.parallel.sharded import train_sharded  # here, as it goes through this file's checks
+
+        if out is None or (launched().size > 1 and workers is not None):
+            given = "no run folder" if out is None else f"workers={workers}"
+            raise ConfigError(f"{given}: processes that {launched().launcher} started need an out that all see, and no workers")
+        return train_sharded(
+            config, dataset, out, device=device, resume=resume, checkpoint_s=checkpoint_s, tensorboard=tensorboard,
+            progress=progress, stop=stop, timeout_s=timeout_s,
+        )  # fmt: skip
     folder, temporary = (Path(out), None) if out is not None else _temporary()
     devices = devices_of(device)
     n_workers = len(devices) if workers is None else workers
@@ -67,7 +82,7 @@ def train(
         raise ConfigError(f"workers={workers} must be at least 1")
     run = Run.create(folder, config, dataset)
     clear_leftovers(run.path, run.path / FOLDER)
-    begun = _underway(run, wanted, resume)
+    begun = underway(run, wanted, resume)
     groups = plan_groups(
         wanted,
         finished=run.finished(),
@@ -75,7 +90,7 @@ def train(
         n_workers=n_workers,
         group_size=_group_size(run, devices, n_workers),
     )
-    _refuse_full_disk(run, groups, n_workers)
+    refuse_full_disk(run, groups, n_workers)
     asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
     if stop is None:
         asked.file.unlink(missing_ok=True)  # of a killed process that had our number: in a container all are small
@@ -206,7 +221,7 @@ def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:
     return wanted
 
 
-def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
+def underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
     """Give the groups that left checkpoints; refuse to pass over their work silently. Clear away what finished ones left."""
     finished = set(run.finished())
     begun = []
@@ -237,7 +252,7 @@ def _underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
     return begun
 
 
-def _refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int) -> None:
+def refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int) -> None:
     """Refuse to begin what the file system has no room for; checkpoints that are there already are not counted twice."""
     held = sum(file.stat().st_size for file in (run.path / FOLDER).glob("*.safetensors"))
     needed, free = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers) - held, free_bytes(run.path)

@@ -141,19 +141,35 @@ class Run:
         try:
             weights.with_suffix(".json").unlink(missing_ok=True)  # a record never speaks of other weights
             with atomic(weights) as temporary:
-                save_file(dict(parameters), temporary, metadata={"format": "pt", "run": self._key()})
+                save_file(dict(parameters), temporary, metadata=self.metadata)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _refused(weights, error) from error
+        self.record(repetition, sum(p.numel() for p in parameters.values()), facts)
+
+    def record(self, repetition: int, n_parameters: int, facts: Mapping[str, Any]) -> None:
+        """Write the record that makes a repetition count whose weights are there.
+
+        Raises: ModelError if the disk refuses.
+        """
+        weights = self.weights_path(repetition)
+        try:
             record = {
                 "repetition": repetition,
                 "run": self._key(),
                 "bytes": weights.stat().st_size,
                 "xxh3_128": checksum(weights),
-                "parameters": sum(p.numel() for p in parameters.values()),
+                "parameters": n_parameters,
                 "versions": versions(),
                 **facts,
             }
             write_json(weights.with_suffix(".json"), {**record, "checksum": _own_checksum(record)})
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{weights}: cannot be written ({error}); repetitions finished before are safe") from error
+        except OSError as error:
+            raise _refused(weights, error) from error
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Give what a file of weights says of itself."""
+        return {"format": "pt", "run": self._key()}
 
     def weights_path(self, repetition: int) -> Path:
         """Give where a repetition's weights lie."""
@@ -325,6 +341,10 @@ def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
         "data": dataset.fingerprint,
     }
     return facts | {"key": xxhash.xxh3_64_hexdigest(repr(facts).encode()), "versions": versions()}
+
+
+def _refused(weights: Path, error: Exception) -> ModelError:
+    return ModelError(f"{weights}: cannot be written ({error}); repetitions finished before are safe")
 
 
 def _own_checksum(manifest: Mapping[str, Any]) -> str:

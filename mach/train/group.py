@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class _Keeper:
         group.refuse_what_is_not_finite()
         needed, free = sum(value.nbytes for value in tensors.values()) + HEADER_BYTES, free_bytes(self._run.path)
         if needed <= free:
-            write_checkpoint(self._path, tensors, _progress(self._run, group, self._log.seconds))
+            write_checkpoint(self._path, tensors, progress_of(self._run, group, self._log.seconds))
             self.step = group.step
         elif not self._warned:
             self._warned = True
@@ -147,15 +147,19 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
         parameters = group.packed.repetition(r)
         if best[r].exists():
             read_tensors(best[r], parameters)
-        facts = {
-            "steps": group.step,
-            "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
-            "peak_bytes": peak_bytes(group.device),
-            "group": list(group.repetitions),
-            "products": str(group.products).removeprefix("torch."),
-            "bucket_P@1": group.standings[r].best if group.held_out is not None else None,
-        }
-        run.add(number, parameters, facts)
+        run.add(number, parameters, facts_of(group, r, seconds))
+
+
+def facts_of(group: Group, r: int, seconds: float) -> dict[str, Any]:
+    """Give what the record of the r-th packed repetition says of its training."""
+    return {
+        "steps": group.step,
+        "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
+        "peak_bytes": peak_bytes(group.device),
+        "group": list(group.repetitions),
+        "products": str(group.products).removeprefix("torch."),
+        "bucket_P@1": group.standings[r].best if group.held_out is not None else None,
+    }
 
 
 def _keep_best(group: Group, r: int, path: Path) -> None:
@@ -164,7 +168,8 @@ def _keep_best(group: Group, r: int, path: Path) -> None:
     group.clock.lap("checkpoint")
 
 
-def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
+def progress_of(run: Run, group: Group, seconds: float) -> dict[str, Any]:
+    """Give how far a group is, in plain values."""
     return {
         "run": run.manifest["key"],
         "repetitions": list(group.repetitions),
@@ -178,8 +183,12 @@ def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
 
 def _restore(group: Group, path: Path) -> float:
     """Bring a new group to where its checkpoint stands; give the seconds already spent."""
-    progress = read_progress(path)
     read_tensors(path, group.tensors())
+    return go_on(group, read_progress(path))
+
+
+def go_on(group: Group, progress: Mapping[str, Any]) -> float:
+    """Set a group, whose tensors are read, to where `progress_of` says; give the seconds already spent."""
     group.step = group.optimizer.step = int(progress["step"])
     group.standings = [Standing(**standing) for standing in progress["standings"]]
     return float(progress["seconds"])

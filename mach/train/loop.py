@@ -75,6 +75,8 @@ class Group:
     (seed, repetition), the order of the data from the seed alone.
     """
 
+    outputs: range | None = None  # of the head that are held here; None: all
+
     def __init__(
         self, config: Config, dataset: Dataset, sizes: Sizes, table: LabelTable, device: torch.device,
         dtype: torch.dtype = torch.float32, products: torch.dtype | None = None,
@@ -187,7 +189,13 @@ class Group:
         """Train on one batch."""
         share = rate_at(self.step, self.n_steps, self.config.warmup)
         self.optimizer.begin_step(rate=share * self.config.learning_rate, row_rate=share * self.config.input_learning_rate)
-        loss = self.packed.step(
+        loss = self._learn(ready, want_loss)
+        self.step += 1
+        return loss
+
+    def _learn(self, ready: Ready, want_loss: bool) -> Tensor | None:
+        """Take the step that the optimiser has begun."""
+        return self.packed.step(
             ready.batch,
             ready.positives,
             update=self.optimizer.update,
@@ -196,8 +204,6 @@ class Group:
             want_loss=want_loss,
             lap=self.clock.lap,
         )
-        self.step += 1
-        return loss
 
     def _batch(self, features: CSR | np.ndarray) -> Batch:
         return make_batch(
@@ -220,7 +226,7 @@ class Group:
         def each() -> Iterator[dict[str, Tensor]]:
             for r in self.repetitions:
                 generator = torch.Generator().manual_seed(seed_of(self.config.seed, "weights", r))
-                yield initial_parameters(self.config, self.sizes, generator, self.dtype)
+                yield initial_parameters(self.config, self.sizes, generator, self.dtype, self.outputs)
 
         n = len(self.repetitions)
         return Packed.join(
