@@ -225,18 +225,8 @@ class Launched:
     """`torchrun ... -m mach train ...` in a process group of its own."""
 
     def __init__(self, size, *args):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            size,
-            "--master-port",
-            "0",
-            "-m",
-            "mach",
-            *args,
-        ]
+        launcher = ["torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc-per-node", size]
+        command = [sys.executable, "-m", *launcher, "-m", "mach", *args]
         environment = os.environ | {"PYTHONPATH": str(Path(mach.__file__).parents[1])}
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
