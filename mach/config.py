@@ -19,8 +19,11 @@ TableKind = Literal["hashed", "identity"]
 Family = Literal["carter-wegman", "multiply-shift", "xxhash"]
 Loss = Literal["logistic", "softmax", "squared-hinge"]
 Precision = Literal["auto", "bfloat16", "float32"]
+HeadPrecision = Literal["float32", "bfloat16", "float8"]
+HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
+HEAD_RATES = {"sgd": 0.1, "rowwise-adagrad": 0.01, "rowwise-adam": 0.01}
 
 
 def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
