@@ -78,11 +78,13 @@ class LinearHead:
         self._rooms: dict[str, Tensor] = {}  # memory of a chunk, kept: handing it back and forth costs more than its use
 
     def logits(self, hidden_RND: Tensor) -> Tensor:
-        """Give all outputs, shape (N, R, B), contiguous, of the type of the hidden vectors."""
+        """Give all outputs, shape (N, R, B), contiguous, of the type of the hidden vectors; threads may ask at once."""
         N, dtype = hidden_RND.shape[1], hidden_RND.dtype
         out = hidden_RND.new_empty(N, *self.weight.shape[:2])
         for chunk in [slice(None)] if self.weight.dtype == dtype else self._chunks(N, dtype):
-            weight, bias = self._widened(chunk, dtype), self.bias[:, chunk].unsqueeze(1).to(dtype)
+            weight, bias = self.weight[:, chunk], self.bias[:, chunk].unsqueeze(1).to(dtype)
+            if weight.dtype != dtype:
+                weight = widen(weight, torch.empty_like(weight, dtype=dtype))
             torch.baddbmm(bias, hidden_RND, weight.transpose(1, 2), out=out.transpose(0, 1)[..., chunk])
         return out
 

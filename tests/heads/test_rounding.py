@@ -107,10 +107,11 @@ def test_rounding_equals_exact_fractions(word, u):
     assert np.isnan(x) or (np.signbit(narrow_) == np.signbit(x) and np.signbit(wide) == np.signbit(x))
 
 
+PLACES = (st.integers(0, high) for high in (2**63 - 1, 2**40, 10**5, 2**40))  # seed, step, repetition, row
+
+
 @settings(max_examples=100, deadline=None)
-@given(
-    st.integers(0, 2**63 - 1), st.integers(1, 2**40), st.integers(0, 10**5), st.integers(0, 2**40), st.integers(1, 4), st.integers(1, 40)
-)  # fmt: skip
+@given(*PLACES, st.integers(1, 4), st.integers(1, 40))
 def test_noise_is_the_hash_of_its_place(seed, step, repetition, first, n_rows, width):
     u = noise_of([key_of(seed, step, repetition)], first, n_rows, width, CPU).numpy().view(np.uint32)
     truth = [[noise_reference(seed, step, repetition, first + c, d) for d in range(width)] for c in range(n_rows)]

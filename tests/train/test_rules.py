@@ -134,7 +134,7 @@ def test_the_bits_do_not_depend_on_chunks_threads_or_companions(kind, precision,
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float8"])
 def test_updates_far_below_a_step_of_the_storage_arrive_on_average(precision):
-    """200 updates of 1/60 (bfloat16) and of 1/1000 (float8) of the step between two numbers: to the nearest, none would arrive."""
+    """Of 1/78 (bfloat16) and 1/1250 (float8) of the step between two numbers: to the nearest, none would arrive."""
     width, n_steps, size = 4000, 200, 1e-4
     weight, g = narrow(torch.full((1, 3, width), 1.3), precision), torch.full((1, 3, width), 1.0)
     before = widen(weight, torch.empty(1, 3, width)).double().mean()
