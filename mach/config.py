@@ -19,8 +19,11 @@ TableKind = Literal["hashed", "identity"]
 Family = Literal["carter-wegman", "multiply-shift", "xxhash"]
 Loss = Literal["logistic", "softmax", "squared-hinge"]
 Precision = Literal["auto", "bfloat16", "float32"]
+HeadPrecision = Literal["float32", "bfloat16", "float8"]
+HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
+HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05, "rowwise-adam": 0.01}  # chosen in experiments/full_head
 
 
 def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
@@ -43,6 +46,7 @@ class Config:
     hidden: int = _setting(512, "D, width of the hidden vector", 1)
     layers: int = _setting(0, "residual layers of width D after the input layer", 0, 64)
     dropout: float = _setting(0.3, "share of the hidden vector dropped while training", 0, 0.99)
+    bottleneck: int = _setting(0, "width of a linear layer between hidden vector and head, which is then so wide; 0: none", 0)
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
 
     feature_buckets: int = _setting(
@@ -59,6 +63,18 @@ class Config:
 
     precision: Precision = _setting(AUTO, "of matrix products while training; auto: bfloat16 where the device multiplies it fast")
 
+    head_precision: HeadPrecision = _setting("float32", "type in which the head's weights are kept, rounded stochastically to it")
+    compensated: float = _setting(
+        0.0, "share of the outputs, the most frequent, whose bfloat16 weights keep what rounding loses instead", 0, 1
+    )
+    head_optimizer: HeadOptimizer = _setting("adamw", "of the head; sgd: no state; rowwise-...: one number an output")
+    head_learning_rate: float | Literal["auto"] = _setting(
+        AUTO, "peak step size of the head; auto: learning_rate for adamw, else one that suits the optimiser", 0
+    )
+    head_weight_decay: float | Literal["auto"] = _setting(AUTO, "decoupled weight decay of the head; auto: weight_decay", 0)
+    head_batch_size: int = _setting(0, "samples a step of the head, several a step of the encoder; 0: batch_size", 0)
+    head_memory: int = _setting(0, "MiB that a step takes for a chunk of outputs; 0: 64 on a CPU, 1024 on a GPU", 0, 1 << 20)
+
     validation: float = _setting(0.0, "share of the training samples held out when the data set has no dev split", 0, 0.9)
     patience: int = _setting(0, "stop a repetition after so many epochs without a better validation P@1; 0: never", 0)
 
@@ -67,8 +83,17 @@ class Config:
         for f in fields(self):
             value, hint = getattr(self, f.name), hints[f.name]
             _check(f.name, value, hint, f.metadata["low"], f.metadata["high"])
-            plain = float(value) if hint is float else str(value) if isinstance(value, str) else value
+            plain = str(value) if isinstance(value, str) else float(value) if float in (hint, *get_args(hint)) else value
             object.__setattr__(self, f.name, plain)  # equal settings are written alike: 1, 1.0 and numpy's make one run
+        if self.compensated and self.head_precision != "bfloat16":
+            raise ConfigError(
+                f"compensated={self.compensated:g} needs head_precision='bfloat16', got {self.head_precision!r}: set that, or "
+                "compensated=0"
+            )
+        if self.head_batch_size > self.batch_size:
+            raise ConfigError(
+                f"head_batch_size={self.head_batch_size} must be 0, or lie in [1, {self.batch_size}], the batch_size"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Config:
@@ -101,6 +126,16 @@ class Config:
         if buckets > n_labels:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
+
+    def head_rate(self) -> float:
+        """Resolve the peak step size of the head."""
+        if isinstance(self.head_learning_rate, float):
+            return self.head_learning_rate
+        return HEAD_RATES.get(self.head_optimizer, self.learning_rate)
+
+    def head_decay(self) -> float:
+        """Resolve the weight decay of the head."""
+        return self.head_weight_decay if isinstance(self.head_weight_decay, float) else self.weight_decay
 
     def n_repetitions(self) -> int:
         """Resolve R: 1 for the identity table, which is the full head."""

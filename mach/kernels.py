@@ -39,9 +39,11 @@ def jit_sums(function: _Function) -> _Function:
 
 
 def array_of(tensor: Any) -> Any:
-    """Give a tensor of the CPU as a numpy array on the same memory; bfloat16, which numpy lacks, as its bits, uint16."""
+    """Give a tensor of the CPU as a numpy array on the same memory; bfloat16 and float8, which numpy lacks, as their bits."""
     import torch  # here, since most kernels need none of it
 
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 

@@ -1,6 +1,6 @@
 """START READING HERE: input layer, MLP, head and label table meet here and nowhere else.
 
-    x -> input (N, R, D) -> mlp (R, N, D) -> head (N, R, B) -> decoding with the label table -> the k best of K labels
+    x -> input (N, R, D) -> mlp (R, N, D) [-> bottleneck] -> head (N, R, B) -> decoding with the table -> the k best of K labels
 
 `Packed` holds R repetitions side by side on one device and trains them; `Model` holds trained ones and predicts with them.
 The full softmax head is the same thing with the identity table: R = 1, B = K.
@@ -26,10 +26,11 @@ from mach.config import Config, Estimator, Loss, Precision
 from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
 from mach.decoding.only import check_exclude, check_restrict
-from mach.encoders import MLP, DenseBatch, Dropout, SparseBatch, input_for, make_batch
+from mach.encoders import MLP, Bottleneck, DenseBatch, Dropout, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
 from mach.hashing import LabelTable
 from mach.heads import LinearHead, Positives, Update
+from mach.heads.rounding import narrow
 from mach.heads.shard import normal_rows
 
 INPUT = "input.weight"
@@ -77,8 +78,9 @@ def initial_parameters(
 
     With `outputs`, a run of the B buckets, only those of the head are given: the same as without, in memory of their own size.
 
-    Biases are zero but the head's, which start where an output that is positive as seldom as buckets are on average belongs:
-    otherwise most of the training goes into learning that almost every bucket is negative.
+    The head's weight is rounded to what it is stored in. Biases are zero but the head's, which start where an output that is
+    positive as seldom as buckets are on average belongs: otherwise most of the training goes into learning that almost every
+    bucket is negative.
     """
     F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
 
@@ -89,8 +91,15 @@ def initial_parameters(
     for i in range(config.layers):
         parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
         parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
+    if config.bottleneck:
+        parameters["bottleneck.weight"] = normal(D, config.bottleneck, scale=1 / math.sqrt(D))
+        D = config.bottleneck
+
+    def stored(drawn: Tensor) -> Tensor:
+        return narrow(drawn.mul_(1 / math.sqrt(D)).to(dtype), config.head_precision)
+
     outputs = range(B) if outputs is None else outputs
-    weight = normal_rows((B, D), outputs, generator).mul_(1 / math.sqrt(D)).to(dtype)
+    weight = normal_rows((B, D), outputs, generator, stored)
     bias = torch.full((len(outputs),), prior_output(config.loss, sizes.labels_a_sample / B), dtype=dtype)
     return {**parameters, "head.weight": weight, "head.bias": bias}
 
@@ -122,7 +131,9 @@ class Packed:
             features, parameters[INPUT], is_hashed=config.feature_buckets > 0
         )  # takes the batches of its own kind, which checkers cannot know
         self.mlp = MLP(parameters)
-        self.head = LinearHead(parameters["head.weight"], parameters["head.bias"])
+        self.bottleneck = Bottleneck(parameters["bottleneck.weight"]) if config.bottleneck else None
+        chunk_bytes = config.head_memory << 20 or None
+        self.head = LinearHead(parameters["head.weight"], parameters["head.bias"], chunk_bytes=chunk_bytes)
 
     @classmethod
     def join(
@@ -154,7 +165,8 @@ class Packed:
     def logits(self, batch: Batch) -> Tensor:
         """Give the outputs of every head, shape (N, R, B)."""
         with torch.no_grad():
-            return self.head.logits(self.mlp.forward(self.input.forward(batch)))
+            hidden = self.mlp.forward(self.input.forward(batch))
+            return self.head.logits(hidden if self.bottleneck is None else self.bottleneck(hidden))
 
     def step(
         self,
@@ -165,12 +177,16 @@ class Packed:
         update_input: Callable[[Any, Batch, Tensor], None],
         drop: Dropout | None,
         want_loss: bool,
+        begin_head: Callable[[Update], Update] = lambda update: update,
         lap: Callable[[str], None] = lambda part: None,
     ) -> Tensor | None:
         """Take one optimisation step; give the loss of each repetition (R,), in nats a sample, if wanted.
 
-        The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; the MLP carries it on and
-        updates its own; what arrives at the input layer updates the rows that the batch touched.
+        The head updates itself chunk by chunk and hands back the gradient of the hidden vectors, from one part of the batch after
+        another where its batches are smaller; the MLP carries it on and updates its own; what arrives at the input layer updates
+        the rows that the batch touched.
+
+        `begin_head(update)` is called before each step of the head; it gives the update for it, perhaps with its rule.
 
         `lap(part)` is called after each part of the work: forward, head, update (of dense weights), backward, rows (of inputs).
         """
@@ -183,13 +199,40 @@ class Packed:
         with torch.no_grad():
             hidden, kept = self.mlp.learn(self.input.forward(batch), drop, self.products)
             lap("forward")
-            grad, loss = self.head.step(hidden, positives, loss=self.config.loss, update=timed, want_loss=want_loss)
+            narrow = hidden if self.bottleneck is None else self.bottleneck(hidden)
+            grad, loss = self.step_head(narrow, positives, lambda: begin_head(timed), want_loss=want_loss)
             lap("head")
+            grad = grad if self.bottleneck is None else self.bottleneck.backward(hidden, grad, timed)
             grad_z = self.mlp.backward(kept, grad, drop, timed)
             lap("backward")
             update_input(self.input, batch, grad_z)
             lap("rows")
         return loss
+
+    def step_head(
+        self, hidden_RND: Tensor, positives: Positives, begin: Callable[[], Update], *, want_loss: bool,
+        tell_gradient: Callable[[Tensor], None] | None = None, **how: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Let the head step over the batch, or over parts of it in turn, each with the mean over its own samples.
+
+        Give the gradient of the mean of all samples' losses, (R, N, D), and that mean if wanted. The rest: `LinearHead.step`.
+        """
+        N = hidden_RND.shape[1]
+        how |= {"loss": self.config.loss, "want_loss": want_loss}
+        size = self.config.head_batch_size or N
+        if size >= N:
+            return self.head.step(hidden_RND, positives, update=begin(), tell_gradient=tell_gradient, **how)
+        grads, losses = [], []
+        for start in range(0, N, size):
+            rows = slice(start, min(start + size, N))
+            share, part = (rows.stop - start) / N, hidden_RND[:, rows].contiguous()
+            grad, loss = self.head.step(part, positives.of_samples(rows), update=begin(), **how)
+            grads.append(grad.mul_(share))
+            losses += [] if loss is None else [loss * share]
+        grad = torch.cat(grads, 1)
+        if tell_gradient is not None:
+            tell_gradient(grad)
+        return grad, torch.stack(losses).sum(0) if want_loss else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mach.config import AUTO, Config, Family, Loss, TableKind, dump_toml, load_config, read_toml
+from mach.config import (
+    AUTO,
+    HEAD_RATES,
+    Config,
+    Family,
+    HeadOptimizer,
+    HeadPrecision,
+    Loss,
+    TableKind,
+    dump_toml,
+    load_config,
+    read_toml,
+)  # fmt: skip
 from mach.errors import ConfigError
 
 REALS = {"learning_rate", "input_learning_rate", "weight_decay"}
 SHARES = {"dropout": 0.99, "warmup": 1, "validation": 0.9}
+REALS_OR_AUTO = {"head_learning_rate", "head_weight_decay"}
 configs = st.builds(
     Config,
     table=st.sampled_from(get_args(TableKind)),
@@ -26,6 +39,11 @@ configs = st.builds(
     normalize=st.booleans(),
     layers=st.integers(0, 64),
     **{name: st.one_of(st.integers(0, 9), st.floats(0, 1e30)) for name in REALS},
+    head_precision=st.sampled_from(get_args(HeadPrecision)),
+    head_optimizer=st.sampled_from(get_args(HeadOptimizer)),
+    head_memory=st.integers(0, 1 << 20),
+    bottleneck=st.integers(0, 10**6),
+    **{name: st.one_of(st.just(AUTO), st.integers(0, 9), st.floats(0, 1e30)) for name in REALS_OR_AUTO},
     **{name: st.one_of(st.just(0), st.floats(0, high)) for name, high in SHARES.items()},
     **{name: st.integers(1, 10**9) for name in ("repetitions", "hidden", "epochs", "batch_size")},
 )
@@ -57,6 +75,7 @@ def test_equal_settings_are_written_alike(number):
     """A run's key is a hash of the settings as text: 1, 1.0 and numpy's 1.0 must not make three ensembles."""
     assert repr(Config(learning_rate=number)) == repr(Config(learning_rate=1.0))
     assert repr(Config(loss=np.str_("softmax"))) == repr(Config(loss="softmax"))
+    assert repr(Config(head_weight_decay=number)) == repr(Config(head_weight_decay=1.0))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +104,22 @@ def test_equal_settings_are_written_alike(number):
             r"loss='softmx' must be one of 'logistic', 'softmax', 'squared-hinge'; did you mean 'softmax'\?",
         ),
         ({"table": "hash"}, r"table='hash' must be one of 'hashed', 'identity'; did you mean 'hashed'\?"),
+        (
+            {"head_precision": "fp8"},
+            r"head_precision='fp8' must be one of 'float32', 'bfloat16', 'float8'",
+        ),
+        ({"head_optimizer": "adam"}, r"head_optimizer='adam' must be one of 'adamw', 'sgd', 'rowwise-adagrad', 'rowwise-adam'"),
+        ({"head_learning_rate": -1}, r"head_learning_rate=-1 must lie in \[0, inf\]"),
+        ({"head_learning_rate": "fast"}, r"head_learning_rate='fast' must be one of 'auto'"),
+        ({"head_weight_decay": None}, r"head_weight_decay=None must be float or 'auto'"),
+        ({"compensated": 1.5, "head_precision": "bfloat16"}, r"compensated=1\.5 must lie in \[0, 1\]"),
+        ({"compensated": 0.5}, r"compensated=0\.5 needs head_precision='bfloat16', got 'float32': set that, or compensated=0"),
+        ({"compensated": 0.5, "head_precision": "float8"}, r"compensated=0\.5 needs head_precision='bfloat16', got 'float8'"),
+        ({"bottleneck": -1}, r"bottleneck=-1 must lie in \[0, inf\]"),
+        ({"bottleneck": 2.5}, r"bottleneck=2\.5 must be int"),
+        ({"head_batch_size": -1}, r"head_batch_size=-1 must lie in \[0, inf\]"),
+        ({"head_batch_size": 300}, r"head_batch_size=300 must be 0, or lie in \[1, 256\], the batch_size"),
+        ({"head_memory": 2**21}, r"head_memory=2097152 must lie in \[0, 1048576\]"),
         ({"family": "md5"}, r"family='md5' must be one of 'carter-wegman', 'multiply-shift', 'xxhash'$"),
     ],
 )
@@ -137,6 +172,14 @@ def test_buckets_given_or_of_the_full_head():
     assert Config(repetitions=5).n_repetitions() == 5
     with pytest.raises(ConfigError, match=r"buckets=8 must lie in \[2, 7\], the number of labels of this data set"):
         Config(buckets=8).n_buckets(7)
+
+
+def test_the_heads_rate_and_decay_are_its_own_or_follow():
+    assert (Config(learning_rate=0.5).head_rate(), Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
+    assert Config(head_learning_rate=0).head_rate() == 0 and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
+    for kind in set(get_args(HeadOptimizer)) - {"adamw"}:
+        assert Config(head_optimizer=kind, learning_rate=0.5).head_rate() == HEAD_RATES[kind]
+        assert Config(head_optimizer=kind, head_learning_rate=3).head_rate() == 3
 
 
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """How many buckets and repetitions theory and a memory budget ask for, and what they cost beside the full head.
 
-Symbols: K labels, B buckets, R repetitions, D hidden width, F input features. A weight is a float32, 4 bytes.
+Symbols: K labels, B buckets, R repetitions, D hidden width, F input features. A weight is a float32, 4 bytes, unless the settings
+of the head say otherwise.
 Source of the bounds: Medini et al. 2019, "Extreme classification in log memory using count-min sketch" (MACH),
 arXiv:1910.13830, the theorem on identifiability.
 """
@@ -17,7 +18,8 @@ from mach.errors import ConfigError
 from mach.hashing.families import MAX_LABELS
 from mach.hashing.table import table_bytes
 
-WEIGHT_BYTES = 4
+WEIGHT_BYTES = 4  # but the head's, which may be stored in less
+HEAD_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 ADAMW_COPIES = 3  # the weights and the two moments
 DEFAULTS = Config()
 LEAST_HIDDEN = 32
@@ -73,9 +75,9 @@ class Cost:
     encoder_parameters: int
     head_parameters: int
     parameters: int
-    weight_bytes: int  # float32
+    weight_bytes: int  # as stored
     table_bytes: int  # label -> bucket, held
-    training_bytes: int  # weights, AdamW's two moments (a row of the input layer: one), the table; without activations
+    training_bytes: int  # weights, what the optimisers keep of them (of a row of the input layer: one moment), the table
     encoder_multiply_adds: int  # a sample, forward
     head_multiply_adds: int  # a sample, forward
 
@@ -89,15 +91,17 @@ def ensemble_cost(
     n_features: int,
     layers: int = 0,
     active_features: int | None = None,
+    settings: Config = DEFAULTS,
 ) -> Cost:
     """Count what R repetitions cost, each with its own encoder, a head of B outputs and its row of the held table.
 
-    `active_features` is how many features a sample has on average, for sparse inputs; by default all F.
+    `active_features` is how many features a sample has on average, for sparse inputs; by default all F. Of the settings, those
+    count that say how wide the head is, how it is stored and by what rule it trains.
 
     Raises: ConfigError if B is outside [2, K], or R below 1.
     """
     _check(n_labels, n_buckets, n_repetitions)
-    one = _cost(n_buckets, hidden, n_features, layers, active_features, table_bytes(n_labels, n_buckets, 1))
+    one = _cost(n_buckets, hidden, n_features, layers, active_features, table_bytes(n_labels, n_buckets, 1), settings)
     return Cost(**{name: n_repetitions * value for name, value in dataclasses.asdict(one).items()})
 
 
@@ -106,22 +110,33 @@ def full_cost(*, n_labels: int, hidden: int, n_features: int, layers: int = 0, a
     return _cost(n_labels, hidden, n_features, layers, active_features, table=0)
 
 
-def _cost(n_buckets: int, hidden: int, n_features: int, layers: int, active_features: int | None, table: int) -> Cost:
+def _cost(
+    n_buckets: int, hidden: int, n_features: int, layers: int, active: int | None, table: int, settings: Config = DEFAULTS
+) -> Cost:
     """Count one encoder, one head and a table of so many bytes."""
-    encoder, head = encoder_parameters(n_features, hidden, layers), head_parameters(n_buckets, hidden)
-    weight_bytes = WEIGHT_BYTES * (encoder + head)
+    width = settings.bottleneck or hidden
+    narrowing = hidden * settings.bottleneck
+    encoder, head = encoder_parameters(n_features, hidden, layers) + narrowing, head_parameters(n_buckets, width)
+    head_bytes = HEAD_BYTES[settings.head_precision] * n_buckets * width + WEIGHT_BYTES * n_buckets
     input_bytes = WEIGHT_BYTES * n_features * hidden  # the input layer keeps one moment a row, not two a weight
-    active = n_features if active_features is None else active_features
+    dense_bytes = WEIGHT_BYTES * encoder - input_bytes
     return Cost(
         encoder_parameters=encoder,
         head_parameters=head,
         parameters=encoder + head,
-        weight_bytes=weight_bytes,
+        weight_bytes=WEIGHT_BYTES * encoder + head_bytes,
         table_bytes=table,
-        training_bytes=ADAMW_COPIES * (weight_bytes - input_bytes) + input_bytes + WEIGHT_BYTES * n_features + table,
-        encoder_multiply_adds=active * hidden + layers * hidden * hidden,
-        head_multiply_adds=n_buckets * hidden,
-    )
+        training_bytes=ADAMW_COPIES * dense_bytes + input_bytes + WEIGHT_BYTES * n_features + head_bytes
+        + _head_state_bytes(n_buckets, width, settings) + table,
+        encoder_multiply_adds=(n_features if active is None else active) * hidden + layers * hidden * hidden + narrowing,
+        head_multiply_adds=n_buckets * width,
+    )  # fmt: skip
+
+
+def _head_state_bytes(n_buckets: int, width: int, settings: Config) -> int:
+    """Count what the head's rule keeps, in float32 whatever the storage, and what compensation does, in bfloat16."""
+    kept = {"sgd": 0, "adamw": 2 * head_parameters(n_buckets, width)}.get(settings.head_optimizer, 2 * n_buckets)
+    return WEIGHT_BYTES * kept + 2 * round(settings.compensated * n_buckets) * width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,10 @@ Axes: R repetitions, N samples of the batch, B buckets, C buckets of a chunk, D 
 A step visits a chunk once: outputs, gradient in place of the outputs, gradient of the hidden vectors, update of the
 chunk's weights. Nothing of size N B or B D is kept beyond its chunk, so the full head of many labels fits.
 
-The three products of a step may run in bfloat16, from a copy of the weights that is kept beside them: sums are taken in
-float32 inside a product, the weights and the optimiser stay float32, and what is asked of a trained head is float32 too.
+The three products of a step may run in bfloat16. From float32 weights, by a copy that is kept beside them; weights stored in
+bfloat16 serve as they are, those in float8 are widened chunk by chunk (`mach.heads.rounding`), and there is no other copy. Sums
+are taken in float32 inside a product, the bias, the gradient of the hidden vectors and the optimiser are float32 whatever the
+storage, and what is asked of a trained head is computed in float32 too.
 Source: Micikevicius et al. 2018, arXiv:1710.03740 (master weights); Kalamkar et al. 2019, arXiv:1905.12322 (bfloat16).
 """
 
@@ -22,11 +24,18 @@ from torch import Tensor
 
 from mach.config import Loss
 from mach.heads import losses
+from mach.heads.rounding import NARROW, widen
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of the outputs of one chunk of buckets
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # that a step takes for one chunk of buckets
 LATE_CHUNKS = 2  # whose weights are updated after the hidden vectors' gradient is told: each holds its outputs until then
 
 Update = Callable[[str, slice, Tensor, Tensor | None], None]  # parameter name, buckets, their gradient, a copy to renew
+
+
+def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype, storage: torch.dtype) -> int:
+    """Give the bytes that a bucket of a chunk takes in a step: outputs, passes that tell the loss, gradient, widened weights."""
+    n_wide = 2 if storage in NARROW and storage != products else 1
+    return n_samples * (products.itemsize + 3 * max(4, products.itemsize)) + n_wide * width * products.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +58,18 @@ class Positives:
         tensors = (torch.from_numpy(x).to(device) for x in (repetitions, samples, buckets, counts))
         return cls(*tensors)
 
+    def of_samples(self, rows: slice) -> Positives:
+        """Give the positives of a run of the samples, counted from its start."""
+        inside = (self.samples >= rows.start) & (self.samples < rows.stop)
+        repetitions, samples, buckets = (x[inside] for x in (self.repetitions, self.samples, self.buckets))
+        return Positives(repetitions, samples - rows.start, buckets, self.counts_RN[:, rows])
+
 
 class LinearHead:
     """R heads of B outputs over D hidden units: weight (R, B, D), bias (R, B).
 
-    `step` multiplies in the type of the hidden vectors it is given.
+    `step` multiplies in the type of the hidden vectors it is given. `chunk_bytes` bounds what it takes beside weights, hidden
+    vectors and their gradients.
     """
 
     def __init__(self, weight_RBD: Tensor, bias_RB: Tensor, *, chunk_bytes: int | None = None):
@@ -63,9 +79,14 @@ class LinearHead:
         self._rooms: dict[str, Tensor] = {}  # memory of a chunk, kept: handing it back and forth costs more than its use
 
     def logits(self, hidden_RND: Tensor) -> Tensor:
-        """Give all outputs, shape (N, R, B), contiguous."""
-        out = hidden_RND.new_empty(hidden_RND.shape[1], *self.weight.shape[:2])
-        torch.baddbmm(self.bias.unsqueeze(1), hidden_RND, self.weight.transpose(1, 2), out=out.transpose(0, 1))
+        """Give all outputs, shape (N, R, B), contiguous, of the type of the hidden vectors; threads may ask at once."""
+        N, dtype = hidden_RND.shape[1], hidden_RND.dtype
+        out = hidden_RND.new_empty(N, *self.weight.shape[:2])
+        for chunk in [slice(None)] if self.weight.dtype == dtype else self._chunks(N, dtype):
+            weight, bias = self.weight[:, chunk], self.bias[:, chunk].unsqueeze(1).to(dtype)
+            if weight.dtype != dtype:
+                weight = widen(weight, torch.empty_like(weight, dtype=dtype))
+            torch.baddbmm(bias, hidden_RND, weight.transpose(1, 2), out=out.transpose(0, 1)[..., chunk])
         return out
 
     def step(
@@ -75,37 +96,39 @@ class LinearHead:
         """Update the head on one batch and give the gradient of the mean loss with respect to the hidden vectors.
 
         `update(name, buckets, gradient, copy)` is called once a chunk for "head.weight" and "head.bias", after the chunk's old
-        weights have served; `copy` (R, B, D) holds the weights in the type of the products, where that is another, or is None.
-        Losses are summed over outputs and averaged over samples.
+        weights have served; `copy` (R, B, D) is that of wide weights in the type of the products, where that is another,
+        or None. What it does, `mach.heads.rules.rule_of(update)` may tell. Losses are summed over outputs and averaged over
+        samples.
 
         A head that is a shard of a larger one turns the log-sum-exp (R, N) of its own outputs into that of all by
         `join_log_total`, for the softmax. `tell_gradient` gets the gradient to be returned, complete, before the weights of the
         last LATE_CHUNKS chunks are updated, so that sending it runs beside that.
 
-        Returns: gradient (R, N, D), of the weights' type; the loss of each repetition (R,) in nats a sample (squared units
+        Returns: gradient (R, N, D), of the bias's type; the loss of each repetition (R,) in nats a sample (squared units
                  for the hinge), if wanted.
         """
-        N = hidden_RND.shape[1]
-        weight = self._weight_as(hidden_RND.dtype)
-        chunks = list(self._chunks(N, hidden_RND.element_size()))
-        log_total = self._log_total(hidden_RND, weight, chunks) if loss == "softmax" else None
+        R, N, D = hidden_RND.shape
+        self._renew_low(hidden_RND.dtype)
+        chunks = list(self._chunks(N, hidden_RND.dtype))
+        log_total = self._log_total(hidden_RND, chunks) if loss == "softmax" else None
         if log_total is not None and join_log_total is not None:
             log_total = join_log_total(log_total)
         n_late, late = 0 if tell_gradient is None else min(LATE_CHUNKS, len(chunks)), []
         mean_hidden = hidden_RND / N  # so that no pass over the outputs is spent on the division
-        grad_hidden = torch.zeros_like(hidden_RND, dtype=self.weight.dtype)
+        grad_hidden = torch.zeros_like(hidden_RND, dtype=self.bias.dtype)
         total = torch.zeros_like(self.bias[:, 0])
 
         def learn(chunk: slice, z: Tensor) -> None:
-            gradient = self._room("gradient", z.dtype, len(weight), z.shape[2], weight.shape[2])
+            gradient = self._room("gradient", z.dtype, R, z.shape[2], D)
             update("head.weight", chunk, torch.bmm(z.transpose(1, 2), mean_hidden, out=gradient), self._low)
             update("head.bias", chunk, z.sum(1, dtype=self.bias.dtype).div_(N), None)
 
         for i, chunk in enumerate(chunks):
+            weight = self._widened(chunk, hidden_RND.dtype)
             z = self._outputs(hidden_RND, weight, chunk, f"outputs {max(0, n_late - len(chunks) + i)}")
             value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
             total += 0 if value is None else value
-            grad_hidden += torch.bmm(z, weight[:, chunk])
+            grad_hidden += torch.bmm(z, weight)
             if i < len(chunks) - n_late:
                 learn(chunk, z)
             else:
@@ -117,14 +140,21 @@ class LinearHead:
             learn(chunk, z)
         return grad_hidden, total / N if want_loss else None
 
-    def _weight_as(self, dtype: torch.dtype) -> Tensor:
-        """Give the weights in the type of the products; a copy is kept, and brought up to date by `step` chunk by chunk."""
-        if dtype == self.weight.dtype:
+    def _renew_low(self, dtype: torch.dtype) -> None:
+        """Make the copy of wide weights for products in another type, once: `step` has it brought up to date chunk by chunk."""
+        if dtype == self.weight.dtype or self.weight.dtype in NARROW:
             self._low = None
-            return self.weight
-        if self._low is None or self._low.dtype != dtype:
+        elif self._low is None or self._low.dtype != dtype:
             self._low = self.weight.to(dtype)
-        return self._low
+
+    def _widened(self, chunk: slice, dtype: torch.dtype) -> Tensor:
+        """Give a chunk of the weights (R, C, D) as numbers of a type; in a room that the next call uses again, if need be."""
+        if self.weight.dtype == dtype:
+            return self.weight[:, chunk]
+        if self._low is not None and self._low.dtype == dtype:
+            return self._low[:, chunk]
+        part = self.weight[:, chunk]
+        return widen(part, self._room("weight", dtype, *part.shape))
 
     def _room(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Give memory of a shape, of no certain content: the same one each time, as long as it is large enough."""
@@ -133,21 +163,23 @@ class LinearHead:
             self._rooms[name] = room = torch.empty(n, dtype=dtype, device=self.weight.device)
         return room[:n].view(shape)
 
-    def _chunks(self, n_samples: int, n_bytes: int) -> Iterator[slice]:
-        R, B, _ = self.weight.shape
-        width = max(1, self.chunk_bytes // (R * max(1, n_samples) * n_bytes))
+    def _chunks(self, n_samples: int, products: torch.dtype) -> Iterator[slice]:
+        R, B, D = self.weight.shape
+        width = max(1, self.chunk_bytes // (R * bucket_bytes(n_samples, D, products=products, storage=self.weight.dtype)))
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 
-    def _outputs(self, hidden_RND: Tensor, weight_RBD: Tensor, chunk: slice, room: str = "outputs 0") -> Tensor:
+    def _outputs(self, hidden_RND: Tensor, weight_RCD: Tensor, chunk: slice, room: str = "outputs 0") -> Tensor:
         bias = self.bias[:, chunk].unsqueeze(1).to(hidden_RND.dtype)
         (R, N, _), C = hidden_RND.shape, bias.shape[2]
         z = self._room(room, hidden_RND.dtype, R, N, C)
-        return torch.baddbmm(bias, hidden_RND, weight_RBD[:, chunk].transpose(1, 2), out=z)
+        return torch.baddbmm(bias, hidden_RND, weight_RCD.transpose(1, 2), out=z)
 
-    def _log_total(self, hidden_RND: Tensor, weight_RBD: Tensor, chunks: list[slice]) -> Tensor:
+    def _log_total(self, hidden_RND: Tensor, chunks: list[slice]) -> Tensor:
         """Give the log-sum-exp over all outputs, (R, N), in a pass of its own that keeps no outputs."""
-        kept = self.weight.dtype
-        parts = [torch.logsumexp(self._outputs(hidden_RND, weight_RBD, chunk).to(kept), 2) for chunk in chunks]
+        dtype, parts = hidden_RND.dtype, []
+        for chunk in chunks:
+            z = self._outputs(hidden_RND, self._widened(chunk, dtype), chunk)
+            parts.append(torch.logsumexp(z.to(self.bias.dtype), 2))
         return torch.logsumexp(torch.stack(parts), 0)
 
     @staticmethod

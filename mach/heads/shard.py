@@ -5,6 +5,7 @@ Axes: R repetitions, N samples, B buckets, D hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,13 +17,15 @@ DRAWN = 1 << 22  # random numbers of one draw; a multiple of ALIKE
 ALIKE = 16  # torch draws normal numbers by sixteen; draws of fewer at once, and of what is left of sixteen, go another way
 
 
-def normal_rows(shape: tuple[int, int], rows: range, generator: torch.Generator) -> Tensor:
+def normal_rows(
+    shape: tuple[int, int], rows: range, generator: torch.Generator, made: Callable[[Tensor], Tensor] = lambda drawn: drawn
+) -> Tensor:
     """Give some rows of `torch.randn(shape)`, float32, with the same bits, and leave the generator where that leaves it.
 
-    Holds the rows and one draw of DRAWN numbers beside them, whatever the shape.
+    Holds the rows, as `made` makes them of a run of numbers, and one draw of DRAWN numbers beside them, whatever the shape.
     """
     n, D = shape[0] * shape[1], shape[1]
-    out = torch.empty(len(rows) * D)
+    out = torch.empty(len(rows) * D, dtype=made(torch.empty(0)).dtype)
     first, last = rows.start * D, rows.stop * D
     start = 0
     while start < n:
@@ -30,7 +33,7 @@ def normal_rows(shape: tuple[int, int], rows: range, generator: torch.Generator)
         drawn = torch.randn(stop - start, generator=generator)
         low, high = max(first, start), min(last, stop)
         if low < high:
-            out[low - first : high - first] = drawn[low - start : high - start]
+            out[low - first : high - first] = made(drawn[low - start : high - start])
         start = stop
     return out.view(len(rows), D)
 

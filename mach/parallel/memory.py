@@ -14,7 +14,10 @@ from mach.config import Config
 from mach.encoders import inputs
 from mach.hashing.bounds import ensemble_cost
 from mach.heads import linear
+from mach.heads.rounding import NARROW, STORAGE
+from mach.heads.shard import DRAWN
 from mach.model import Sizes, resolve_precision
+from mach.train.rules import BLOCK
 
 PROCESS_BYTES = 450 << 20  # of Python, torch and compiled kernels before any weight; on a GPU, of its context
 SHARE = 0.9  # of what is free; the rest is for what grows beside it, such as pages of the data set
@@ -28,22 +31,26 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     """Estimate the most bytes that training n repetitions together takes on a device, the process or context included.
 
     What stays: weights, moments, label table, and the head's copy for its products. What comes and goes with a step: one
-    repetition's weights beside them at the start and the end, a batch's hidden vectors, the outputs and gradients of a chunk of
-    buckets with the passes of a step that tells its loss, and the row gradients of a block.
+    repetition's weights beside them at the start and the end, a batch's hidden vectors, what a chunk of buckets takes in a step
+    that tells its loss, and the row gradients of a block.
     """
     F, B, D, N = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden, config.batch_size
     one = ensemble_cost(
-        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers
+        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config
     )  # fmt: skip
-    width = 2 if resolve_precision(config.precision, device) == torch.bfloat16 else 4
-    copy = 0 if width == 4 else width * B * D
-    chunk = min(linear.CHUNK_BYTES[device.type], n * N * B * width)
-    buckets = max(1, chunk // (n * N * width))  # of a chunk
-    hidden = n * N * D * (16 + (13 + width) * config.layers)
-    passes = 3 * (chunk // width * 4)
+    products, width = resolve_precision(config.precision, device), config.bottleneck or D
+    storage = STORAGE.get(config.head_precision, torch.float32)
+    copy = 2 * B * width if products == torch.bfloat16 and storage == torch.float32 else 0
+    slots = 4 * B if config.compensated else 0
+    hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
+    budget = config.head_memory << 20 or linear.CHUNK_BYTES[device.type]
+    samples = config.head_batch_size or N
+    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, products=products, storage=storage))
+    drawn = 8 * min(DRAWN, B * width) if storage in NARROW else 0  # in float32, to be rounded
+    by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
     return (
-        PROCESS_BYTES + n * (one.training_bytes + copy) + one.weight_bytes + hidden + chunk + passes
-        + n * buckets * D * width + inputs.GRADIENT_BYTES[device.type]
+        PROCESS_BYTES + n * (one.training_bytes + copy + slots) + one.weight_bytes + hidden + max(chunk + by_torch, drawn)
+        + inputs.GRADIENT_BYTES[device.type]
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def disk_bytes(config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *,
         hidden=config.hidden,
         n_features=config.feature_buckets or sizes.n_features,
         layers=config.layers,
+        settings=config,
     )
     checkpoint = cost.training_bytes - cost.table_bytes
     underway = sum(sorted(map(len, groups), reverse=True)[:n_workers])

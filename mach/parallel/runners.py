@@ -167,7 +167,8 @@ def _train_if_it_fits(job: Job, stop: Stop | None = None) -> Left | TooLarge | N
         if len(job.repetitions) == 1:
             raise ModelError(
                 f"{job.run}: repetition {job.repetitions[0]} alone does not fit the memory of {job.device} ({error}); choose a "
-                "smaller batch_size, hidden or buckets, or hash the features (feature_buckets)"
+                "smaller batch_size, hidden or buckets, hash the features (feature_buckets), or keep less of the head "
+                "(head_precision, head_optimizer)"
             ) from error
     gc.collect()  # the error is gone here, and with it the frames that hold the group
     if job.device.startswith("cuda"):

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mach.config import Config
+from mach.config import AUTO, Config
 from mach.errors import ModelError
+from mach.heads.rounding import FLOAT8
 
 ROWS_NAMED = 8
 Wait = Callable[[], None]
@@ -62,7 +63,8 @@ class FiniteWatch:
         config = self._config.to_dict()
         who = f"repetition{'' if len(repetitions) == 1 else 's'} {', '.join(map(str, repetitions))}"
         where = "before the first step" if self._place is None else self._place.text()
-        rates = (f"{name}={config[name]:g}" for name in ("learning_rate", "input_learning_rate"))
+        names = ("learning_rate", "input_learning_rate", "head_learning_rate")
+        rates = (f"{name}={config[name]:g}" for name in names if config[name] != AUTO)
         tries = [f"smaller steps than {', '.join(rates)}"]
         tries += [] if config["normalize"] else ["normalize=true"]
         tries += [] if config.get("precision", "float32") == "float32" else ["precision=float32"]
@@ -91,5 +93,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Tell whether all of a tensor is finite, in one pass without a tensor of its size."""
     if not tensor.numel():
         return True
+    if tensor.dtype == FLOAT8:  # which has no infinity, and one NaN of each sign: the largest of signed and of unsigned bytes
+        return int(tensor.view(torch.int8).max()) < 0x7F and int(tensor.view(torch.uint8).max()) < 0xFF
     low, high = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))

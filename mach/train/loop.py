@@ -20,12 +20,13 @@ from mach.decoding import decode_topk
 from mach.encoders import Dropout, make_batch
 from mach.errors import DataError
 from mach.hashing import LabelTable
-from mach.heads import Positives
+from mach.heads import Positives, Rule
 from mach.metrics import precision_at_k
 from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, feature_buckets, initial_parameters, resolve_precision
 from mach.train.clock import clock_for
 from mach.train.feed import ahead
 from mach.train.finite import FiniteWatch, Place, is_finite
+from mach.train.frequent import slots_of
 from mach.train.memory import peak_bytes
 from mach.train.optim import Optimizer
 from mach.train.schedule import order_of, rate_at, seed_of
@@ -91,7 +92,7 @@ class Group:
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]
         self.packed = self._initial()
-        self.optimizer = Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT)
+        self.optimizer = self._optimizer()
         self._began = time.perf_counter()
         self.clock = clock_for(device)
         self.finite = FiniteWatch(config, self.repetitions)
@@ -100,6 +101,15 @@ class Group:
     def steps_per_epoch(self) -> int:
         """Give the number of batches that visit every sample once."""
         return -(-self.n_samples // self.config.batch_size)
+
+    @property
+    def head_steps(self) -> int:
+        """Give the number of steps that the head has taken: several a batch where its own batches are smaller."""
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        size = self.config.head_batch_size or self.config.batch_size
+        whole = -(-self.config.batch_size // size)
+        last = self.n_samples - (self.steps_per_epoch - 1) * self.config.batch_size
+        return epoch * ((self.steps_per_epoch - 1) * whole + -(-last // size)) + place * whole
 
     @property
     def done(self) -> bool:
@@ -188,7 +198,12 @@ class Group:
     def _step(self, ready: Ready, want_loss: bool) -> Tensor | None:
         """Train on one batch."""
         share = rate_at(self.step, self.n_steps, self.config.warmup)
-        self.optimizer.begin_step(rate=share * self.config.learning_rate, row_rate=share * self.config.input_learning_rate)
+        self.optimizer.begin_step(
+            rate=share * self.config.learning_rate,
+            row_rate=share * self.config.input_learning_rate,
+            head_rate=share * self.config.head_rate(),
+            head_steps=self.head_steps,
+        )
         loss = self._learn(ready, want_loss)
         self.step += 1
         return loss
@@ -199,6 +214,7 @@ class Group:
             ready.batch,
             ready.positives,
             update=self.optimizer.update,
+            begin_head=self.optimizer.begin_head,
             update_input=self.optimizer.update_input,
             drop=self._dropout(),
             want_loss=want_loss,
@@ -219,6 +235,18 @@ class Group:
             generator = torch.Generator(self.device)
             generators.append(generator.manual_seed(seed_of(self.config.seed, "dropout", r, self.step)))
         return Dropout(self.config.dropout, generators)
+
+    def _optimizer(self) -> Optimizer:
+        """Make the optimiser, with the head's rule and the buckets whose rounding is compensated."""
+        config, slots = self.config, None
+        if n := round(config.compensated * self.sizes.n_buckets):
+            slots = slots_of(self.train.labels, self.table, self.sizes.n_buckets, n).to(self.device)
+        rule = Rule(
+            kind=config.head_optimizer, rate=0.0, weight_decay=config.head_decay(), step=0,
+            seed=seed_of(config.seed, "rounding"), repetitions=tuple(self.repetitions),
+            first=self.outputs.start if self.outputs else 0,
+        )  # fmt: skip
+        return Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT, head=rule, slots_RB=slots)
 
     def _initial(self) -> Packed:
         """Draw the initial weights, each repetition with its own generator."""

@@ -1,13 +1,14 @@
-"""AdamW for dense parameters, chunk by chunk; a row-wise Adam without momentum for the rows of the input layer.
+"""AdamW for dense parameters, chunk by chunk; row-wise Adam without momentum for the input layer's rows; a rule for the head.
 
 A dense parameter is updated in one pass: by torch's fused kernel on a GPU, by our own on a CPU (`train/adamw.py`). A row of
 the input layer is touched only by batches that hold its feature; it keeps one second moment a repetition instead of two
-moments a weight (R floats against 2 R D).
+moments a weight (R floats against 2 R D). The head may have a rule, a step size and a storage of its own (`train/rules.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -17,50 +18,92 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mach.encoders import Input, SparseInput
+from mach.heads import Rule, Ruled
+from mach.heads.rounding import NARROW
+from mach.heads.rules import BETAS, EPSILON
 from mach.train.adamw import adamw_
 from mach.train.rows import update_rows_of
+from mach.train.rules import Lost, apply_, state_of
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
+HEAD = "head."
+LOST = "head.weight.lost"
 
 
 class Optimizer:
     """The state of one packed model's optimiser; every update happens in place.
 
-    Moments are kept for each parameter (two of its shape) but the input weight (F, R), all zeros at the start.
+    Moments are kept for each parameter (two of its shape) but the input weight (F, R) and what the head's rule keeps less of; all
+    zeros at the start. Those of weights stored in less than float32 are float32.
     Source: Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101 (decoupled decay).
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], *, weight_decay: float, row_wise: str):
-        self.parameters, self.weight_decay, self.row_wise = parameters, weight_decay, row_wise
+    def __init__(
+        self, parameters: Mapping[str, Tensor], *, weight_decay: float, row_wise: str, head: Rule | None = None,
+        slots_RB: Tensor | None = None,
+    ):  # fmt: skip
+        """Start with zeros.
+
+        Args: head, its rule, whose step and rate each step sets (default: as the other dense parameters); slots, of buckets that
+              keep what rounding loses (`mach.train.rules.Lost`).
+        """
+        self.parameters, self.weight_decay, self.row_wise, self.head = parameters, weight_decay, row_wise, head
         self.step, self.rate, self.row_rate = 0, 0.0, 0.0
         self.state: dict[str, Tensor] = {}
         for name, value in parameters.items():
             if name == row_wise:
                 self.state[f"{name}.second"] = value.new_zeros(value.shape[:2])
             else:
-                self.state[f"{name}.first"] = torch.zeros_like(value)
-                self.state[f"{name}.second"] = torch.zeros_like(value)
+                kind = head.kind if head is not None and name.startswith(HEAD) else "adamw"
+                self.state |= {f"{name}.{moment}": zeros for moment, zeros in state_of(kind, value).items()}
+        self.lost: Lost | None = None
+        if slots_RB is not None:
+            weight = parameters["head.weight"]
+            self.state[LOST] = weight.new_zeros(len(weight), int(slots_RB.max()) + 1, weight.shape[2])
+            self.lost = Lost(self.state[LOST], slots_RB)
 
-    def begin_step(self, *, rate: float, row_rate: float) -> None:
-        """Start a step with its step sizes: one for the dense parameters, one for the rows of the input layer."""
+    def begin_step(self, *, rate: float, row_rate: float, head_rate: float = 0.0, head_steps: int = 0) -> None:
+        """Start a step with its step sizes: one for the dense parameters, for the rows of the input layer, and for the head.
+
+        `head_steps`: how many the head has taken before.
+        """
         self.step, self.rate, self.row_rate = self.step + 1, rate, row_rate
+        if self.head is not None:
+            self.head = replace(self.head, rate=head_rate, step=head_steps)
+
+    def begin_head(self, update: Callable[[str, slice, Tensor, Tensor | None], None]) -> Callable[..., None]:
+        """Start a step of the head: give `update`, which ends in this optimiser's, with the rule by which it now goes."""
+        if self.head is None:
+            return update
+        self.head = replace(self.head, step=self.head.step + 1)
+        return Ruled(update, self.head)
 
     def update(self, name: str, part: slice, gradient: Tensor, low: Tensor | None = None) -> None:
-        """Update `parameter[:, part]` with a gradient of that shape (AdamW), and renew `low[:, part]`, its copy in bfloat16."""
+        """Update `parameter[:, part]` with a gradient of that shape, and renew `low[:, part]`, its copy in bfloat16."""
+        value, rule = self.parameters[name], self.head if name.startswith(HEAD) else None
+        if rule is not None and (rule.kind != "adamw" or value.dtype in NARROW):
+            moments = [self.state[f"{name}.{moment}"] for moment in ("first", "second") if f"{name}.{moment}" in self.state]
+            apply_(rule, value, part, gradient, moments, low, self.lost if value.dim() == 3 else None)
+        elif rule is not None:
+            self._adamw(name, part, gradient, low, step=rule.step, rate=rule.rate, weight_decay=rule.weight_decay)
+        else:
+            self._adamw(name, part, gradient, low, step=self.step, rate=self.rate, weight_decay=self.weight_decay)
+
+    def _adamw(
+        self, name: str, part: slice, gradient: Tensor, low: Tensor | None, *, step: int, rate: float, weight_decay: float
+    ) -> None:
         weight, first, second = (x[:, part] for x in (self.parameters[name], *self._moments(name)))
         gradient, copy = gradient.contiguous(), None if low is None else low[:, part]
         if gradient.device.type == "cpu":
             adamw_(
                 weight, first, second, gradient, copy,
-                step=self.step, rate=self.rate, betas=BETAS, epsilon=EPSILON, weight_decay=self.weight_decay,
+                step=step, rate=rate, betas=BETAS, epsilon=EPSILON, weight_decay=weight_decay,
             )  # fmt: skip
             return
         weights, gradients, firsts, seconds = (list(x.unbind(0)) for x in (weight, gradient.to(weight.dtype), first, second))
-        steps = [torch.tensor(self.step - 1.0, device=gradient.device) for _ in weight]  # the kernel adds one
+        steps = [torch.tensor(step - 1.0, device=gradient.device) for _ in weight]  # the kernel adds one
         adamw(
             weights, gradients, firsts, seconds, [], steps, fused=True, amsgrad=False,
-            beta1=BETAS[0], beta2=BETAS[1], lr=self.rate, weight_decay=self.weight_decay, eps=EPSILON, maximize=False,
+            beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=weight_decay, eps=EPSILON, maximize=False,
         )  # fmt: skip
         if copy is not None:
             copy.copy_(weight)

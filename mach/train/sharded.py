@@ -66,7 +66,7 @@ class PartDropout(Dropout):
 class ShardedGroup(Group):
     """One rank's share in training a full head; the parameters are whole but for the head's, which are those of `outputs`.
 
-    Raises: ConfigError if there are more ranks than labels.
+    Raises: ConfigError if there are more ranks than labels, or some outputs are to be compensated.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class ShardedGroup(Group):
     ):  # fmt: skip
         if sizes.n_buckets < comm.size:
             raise ConfigError(f"{comm.size} processes: there must be at most {sizes.n_buckets}, the labels of this data set")
+        if config.compensated and comm.size > 1:
+            raise ConfigError(f"compensated={config.compensated:g} is for one process, not {comm.size}: choose compensated=0")
         self.comm = comm
         self.outputs = part_of(sizes.n_buckets, comm.rank, comm.size)
         super().__init__(config, dataset, sizes, table, device, dtype, products)
@@ -112,17 +114,23 @@ class ShardedGroup(Group):
 
         with torch.no_grad():
             own_hidden, kept = packed.mlp.learn(packed.input.forward(ready.own), drop, packed.products)
+            narrow = own_hidden if packed.bottleneck is None else packed.bottleneck(own_hidden)
             lap("forward")
-            hidden = self._gather(own_hidden.transpose(0, 1), lengths).transpose(0, 1)
-            _, loss = packed.head.step(
-                hidden.contiguous(), ready.positives, loss=self.config.loss, update=update, want_loss=want_loss,
+            hidden = self._gather(narrow.transpose(0, 1), lengths).transpose(0, 1)
+            _, loss = packed.step_head(
+                hidden.contiguous(), ready.positives, lambda: self.optimizer.begin_head(update), want_loss=want_loss,
                 join_log_total=self._join_log_total, tell_gradient=send,
             )  # fmt: skip
             lap("head")
             grad = sent[0].wait().transpose(0, 1).contiguous()
             lap("communication")
             dense: list[tuple[str, slice, Tensor]] = []
-            grad_z = packed.mlp.backward(kept, grad, drop, lambda name, part, gradient, _: dense.append((name, part, gradient)))
+
+            def note(name: str, part: slice, gradient: Tensor, _: Tensor | None) -> None:
+                dense.append((name, part, gradient))
+
+            grad = grad if packed.bottleneck is None else packed.bottleneck.backward(own_hidden, grad, note)
+            grad_z = packed.mlp.backward(kept, grad, drop, note)
             lap("backward")
             total = self._all_reduce([gradient for _, _, gradient in dense] + ([] if loss is None else [loss]))
             grad_z = self._gather(grad_z, lengths)

@@ -1,6 +1,6 @@
 """How many bytes a rank sends in a step of a sharded full head: a formula, so that a network can be judged before training.
 
-Axes: N samples of the batch, D hidden width, P ranks, L residual layers.
+Axes: N samples of the batch, D hidden width, V width of the head's input, P ranks.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def step_bytes(
     Args: product_bytes, of a number of the products (2 for bfloat16); sum_bytes, of one of a sum.
     """
     lengths, D = lengths_of(n_samples, size), config.hidden
-    dense = D + config.layers * (D * D + D) + want_loss
+    V = config.bottleneck or D
+    dense = D + config.layers * (D * D + D) + D * config.bottleneck + want_loss
     return {
-        "hidden vectors": gathered_bytes(lengths, D * product_bytes),
+        "hidden vectors": gathered_bytes(lengths, V * product_bytes),
         "log-sum-exp": gathered_bytes([1] * size, n_samples * sum_bytes) if config.loss == "softmax" else 0,
-        "their gradient": scattered_bytes(lengths, rank, D * sum_bytes),
+        "their gradient": scattered_bytes(lengths, rank, V * sum_bytes),
         "gradient of z": gathered_bytes(lengths, D * product_bytes),
         "dense gradients": reduced_bytes(dense, size, sum_bytes),
     }

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from mach.config import Loss
 from mach.heads import LinearHead, Positives
+from mach.heads.linear import bucket_bytes
+from mach.heads.rounding import narrow, widen
 
 CPU = torch.device("cpu")
 LOSSES = get_args(Loss)
@@ -24,6 +26,12 @@ def positives_of(is_positive_RNB):
     for is_positive in is_positive_RNB:
         csr.append((np.concatenate([[0], is_positive.sum(1).cumsum()]), np.nonzero(is_positive)[1].astype(np.int32)))
     return Positives.of(csr, CPU)
+
+
+def bytes_for(width, hidden, products=None, storage=None):
+    """Give the bytes of a chunk so many buckets wide."""
+    (R, N, D), dtype = hidden.shape, products or hidden.dtype
+    return width * R * bucket_bytes(N, D, products=dtype, storage=storage or dtype)
 
 
 def loss_reference(z_NB, is_positive_NB, loss):
@@ -47,7 +55,8 @@ def reference(hidden, weight, bias, is_positive, loss):
 
 def step(hidden, weight, bias, positives, loss, *, chunk_bytes, want_loss=True):
     """Take the head's step; give what `reference` gives, each bucket's gradients put together from the chunks."""
-    found, seen = {"head.weight": torch.full_like(weight, math.nan), "head.bias": torch.full_like(bias, math.nan)}, []
+    found = {name: torch.full(x.shape, math.nan, dtype=bias.dtype) for name, x in (("head.weight", weight), ("head.bias", bias))}
+    seen = []
 
     def update(name, buckets, gradient, copy):
         found[name][:, buckets] = gradient
@@ -75,21 +84,20 @@ def problems(draw):
 @given(problems(), st.sampled_from(LOSSES), st.integers(1, 26))
 def test_a_step_equals_autograd_for_any_chunk(problem, loss, width):
     hidden, weight, bias, is_positive = problem
-    R, N, _ = hidden.shape
     truth = reference(hidden, weight, bias, is_positive, loss)
-    found = step(hidden, weight.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=width * R * N * 8)
+    found = step(hidden, weight.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=bytes_for(width, hidden))
     for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * 2 * 16 * 7, 1 << 30])
-def test_float32_errs_by_rounding_only(loss, chunk_bytes):
+@pytest.mark.parametrize("width", [1, 7, 1000])
+def test_float32_errs_by_rounding_only(loss, width):
     rng = np.random.default_rng(3)
     is_positive = rng.random((2, 16, 50)) < 0.05
     hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)).float() for s in ((2, 16, 8), (2, 50, 8), (2, 50)))
     truth = reference(hidden.double(), weight.double(), bias.double(), is_positive, loss)
-    found = step(hidden, weight.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes)
+    found = step(hidden, weight.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=bytes_for(width, hidden))
     for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
 
@@ -99,8 +107,9 @@ def test_the_loss_is_optional_and_changes_nothing(loss):
     rng = np.random.default_rng(4)
     is_positive = rng.random((2, 3, 9)) < 0.3
     tensors = [torch.from_numpy(rng.normal(size=s)) for s in ((2, 3, 4), (2, 9, 4), (2, 9))]
+    chunk = bytes_for(5, tensors[0])
     with_loss, without = (
-        step(tensors[0], tensors[1].clone(), tensors[2].clone(), positives_of(is_positive), loss, chunk_bytes=240, want_loss=want)
+        step(tensors[0], *(x.clone() for x in tensors[1:]), positives_of(is_positive), loss, chunk_bytes=chunk, want_loss=want)
         for want in (True, False)
     )
     assert without[0] is None
@@ -132,12 +141,71 @@ def test_no_tensor_of_samples_times_buckets_or_buckets_times_width_is_made(large
     rng = np.random.default_rng(0)
     hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)) for s in ((R, N, D), (R, B, D), (R, B)))
     positives = positives_of(rng.random((R, N, B)) < 0.002)
-    head = LinearHead(weight, bias, chunk_bytes=8 * R * N * C)
+    head = LinearHead(weight, bias, chunk_bytes=bytes_for(C, hidden))
     with largest:
         head.step(hidden, positives, loss=loss, update=lambda *_: None, want_loss=True)
     of_log_sums = B // C * R * N if loss == "softmax" else 0  # one number a chunk, sample and repetition
     assert R * N * C <= largest.n_elements <= max(R * N * C, of_log_sums)
     assert largest.n_elements < min(R * N * B, R * B * D) / 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from(LOSSES), st.integers(1, 26), st.sampled_from(["bfloat16", "float8"]))
+def test_a_step_from_narrow_storage_equals_autograd_over_the_stored_numbers(problem, loss, width, precision):
+    """In float64, so that only wrong numbers could differ; there is no second copy to renew."""
+    hidden, weight, bias, is_positive = problem
+    stored = narrow(weight, precision)
+    truth = reference(hidden, widen(stored, torch.empty_like(weight)), bias, is_positive, loss)
+    chunk_bytes = bytes_for(width, hidden, storage=stored.dtype)
+    found = step(hidden, stored.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes)
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["bfloat16", "float8"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_stay_wide_whatever_the_storage_and_no_copy_is_handed_out(loss, precision, products):
+    rng = np.random.default_rng(6)
+    is_positive = rng.random((3, 16, 40)) < 0.05
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)).float() for s in ((3, 16, 8), (3, 40, 8), (3, 40)))
+    hidden, stored, copies = hidden.to(products), narrow(weight, precision), []
+    exact = widen(stored, torch.empty(weight.shape, dtype=torch.float64))
+    head = LinearHead(stored, bias, chunk_bytes=bytes_for(7, hidden, storage=stored.dtype))
+    positives = positives_of(is_positive)
+    gradient, value = head.step(
+        hidden, positives, loss=loss, update=lambda name, part, g, copy: copies.append(copy), want_loss=True
+    )
+    assert gradient.dtype == value.dtype == torch.float32 and copies == [None] * 12
+    truth = reference(hidden.double(), exact, bias.double(), is_positive, loss)
+    allowed = 2e-5 if products == torch.float32 else 0.02
+    for ours, theirs in ((value, truth[0]), (gradient, truth[1])):
+        torch.testing.assert_close(ours.double(), theirs, rtol=allowed, atol=allowed * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float8"])
+@pytest.mark.parametrize("R", [1, 3])
+def test_logits_of_every_storage_are_taken_in_the_type_asked_for(precision, R):
+    rng = np.random.default_rng(8)
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)).float() for s in ((R, 4, 5), (R, 23, 5), (R, 23)))
+    stored = narrow(weight, precision)
+    exact = widen(stored, torch.empty(weight.shape, dtype=torch.float64))
+    truth = torch.einsum("rnd,rbd->nrb", hidden.double(), exact) + bias.double()
+    for width in (1, 4, 100):
+        head = LinearHead(stored, bias, chunk_bytes=bytes_for(width, hidden, storage=stored.dtype))
+        found = head.logits(hidden)
+        assert found.shape == (4, R, 23) and found.is_contiguous() and found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@given(problems(), st.data())
+def test_positives_of_some_samples_are_theirs(problem, data):
+    is_positive = problem[3]
+    N = is_positive.shape[1]
+    rows = slice(data.draw(st.integers(0, N - 1)), data.draw(st.integers(1, N + 3)))
+    found, truth = positives_of(is_positive).of_samples(rows), positives_of(is_positive[:, rows])
+    for name in ("repetitions", "samples", "buckets", "counts_RN"):
+        assert torch.equal(getattr(found, name), getattr(truth, name)), name
 
 
 def test_logits_equal_a_product():
@@ -164,10 +232,10 @@ def test_positives_equal_sets(R, N, B, seed, share):
 def test_products_in_bfloat16_err_by_its_rounding_only(problem, loss, width):
     """Against float64 on the same rounded hidden vectors and weights, in units of the largest gradient."""
     hidden, weight, bias, is_positive = problem
-    low, weight = hidden.bfloat16(), weight.bfloat16().float()  # R and N as the chunks need them
+    low, weight = hidden.bfloat16(), weight.bfloat16().float()
     truth = reference(low.double(), weight.double(), bias.float().double(), is_positive, loss)
-    R, N, _ = hidden.shape
-    found = step(low, weight.clone(), bias.float(), positives_of(is_positive), loss, chunk_bytes=width * R * N * 2)
+    chunk_bytes = bytes_for(width, low, storage=torch.float32)
+    found = step(low, weight.clone(), bias.float(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes)
     assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.float32, torch.float32]
     outputs = float(torch.einsum("rnd,rbd->rnb", low.double(), weight.double()).abs().max()) + float(bias.abs().max())
     for ours, exact in zip(found, truth, strict=True):
@@ -178,8 +246,8 @@ def test_products_in_bfloat16_err_by_its_rounding_only(problem, loss, width):
 def test_the_copy_for_the_products_is_the_callers_to_renew():
     """The head makes it once, hands it to `update` with each chunk, and multiplies by what it holds from then on."""
     weight, bias = torch.zeros(1, 6, 2), torch.zeros(1, 6)
-    head = LinearHead(weight, bias, chunk_bytes=2 * 2)
     hidden, none = torch.ones(1, 1, 2).bfloat16(), positives_of(np.zeros((1, 1, 6), bool))
+    head = LinearHead(weight, bias, chunk_bytes=bytes_for(2, hidden, storage=torch.float32))
     copies = []
 
     def update(name, buckets, gradient, copy):

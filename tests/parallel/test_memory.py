@@ -47,6 +47,25 @@ def test_the_bytes_of_a_group_are_counted_by_hand():
     assert group_bytes(config, SIZES, 3, device=CPU) == memory.PROCESS_BYTES + stays + comes_and_goes
 
 
+def test_the_settings_of_the_head_are_counted_by_hand():
+    config = Config(
+        hidden=32, precision="bfloat16", batch_size=10, head_batch_size=4, bottleneck=8, head_precision="float8",
+        head_optimizer="rowwise-adam",
+    )  # fmt: skip
+    encoder, head = 4 * (1000 * 32 + 32 + 32 * 8), 64 * 8 + 4 * 64
+    kept = 4 * (1000 + 2 * (32 + 32 * 8)) + 4 * 2 * 64
+    stays = 3 * (encoder + head + kept + 500)
+    hidden, chunk = 3 * 10 * (32 * 16 + 8 * 12), 3 * 64 * (4 * (2 + 12) + 2 * 8 * 2)
+    comes_and_goes = encoder + head + hidden + chunk + (2 << 20)
+    assert group_bytes(config, SIZES, 3, device=CPU) == memory.PROCESS_BYTES + stays + comes_and_goes
+    many = Sizes(n_features=1000, n_labels=10**6, n_buckets=10**6, features="sparse", labels_a_sample=1.0)
+    full = config.replace(table="identity", head_precision="bfloat16", head_batch_size=0)
+    of_memory = [group_bytes(full.replace(head_memory=MiB), many, 1, device=CPU) for MiB in (0, 64, 128)]
+    assert of_memory[0] == of_memory[1] == of_memory[2] - (64 << 20)
+    more = group_bytes(full.replace(compensated=0.25), many, 1, device=CPU) - of_memory[0]
+    assert more == 10**6 * 4 + 10**6 // 4 * 8 * 2
+
+
 def test_hashed_features_count_as_rows():
     full, hashed = (group_bytes(Config(feature_buckets=n), SIZES, 8, device=CPU) for n in (0, 100))
     assert full - hashed == 8 * 900 * (512 * 4 + 4) + 900 * 512 * 4

@@ -52,6 +52,10 @@ def without_dev(dataset, path):
         {"loss": "logistic", "dropout": 0.001},
         {"loss": "softmax", "family": "multiply-shift"},
         {"loss": "squared-hinge", "layers": 1},
+        {"table": "identity", "head_optimizer": "sgd", "head_learning_rate": 0.5, "weight_decay": 0.1, "head_batch_size": 13},
+        {"head_optimizer": "rowwise-adam", "head_weight_decay": 0.1, "bottleneck": 5, "loss": "softmax", "dropout": 0.3},
+        {"head_optimizer": "rowwise-adagrad", "bottleneck": 20, "layers": 1, "head_batch_size": 8, "loss": "squared-hinge"},
+        {"head_learning_rate": 0.03, "head_batch_size": 31},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )

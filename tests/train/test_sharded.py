@@ -80,6 +80,9 @@ def test_ranks_give_the_weights_of_one_process(ranks, tiny, loss, size):
         {"layers": 1, "dropout": 0.0, "loss": "softmax"},
         {"feature_buckets": 11, "normalize": False},
         {"batch_size": 199},  # the last batch: one sample
+        {"bottleneck": 5, "head_optimizer": "sgd", "head_learning_rate": 1.0},
+        {"head_batch_size": 8, "loss": "softmax", "head_optimizer": "rowwise-adam"},
+        {"bottleneck": 3, "head_batch_size": 16, "head_optimizer": "rowwise-adagrad", "layers": 1},
     ],
     ids=str,
 )
@@ -92,7 +95,8 @@ def test_dense_features_too(ranks, tiny_dense):
 
 
 def test_more_chunks_than_are_late(ranks, tiny, monkeypatch):
-    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 33 * 8 * 3)  # three outputs
+    three = 3 * linear.bucket_bytes(33, 16, products=torch.float64, storage=torch.float64)
+    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", three)
     assert_like_one(ranks, 2, SMALL.replace(loss="softmax"), tiny)
 
 
@@ -104,6 +108,21 @@ def test_float32_and_bfloat16_stay_near(ranks, tiny):
     assert_like_one(ranks, 2, SMALL.replace(dropout=0.0), tiny, 1e-3, torch.float32)
     losses = ranks(2, lambda comm: trained(SMALL.replace(precision="bfloat16"), tiny, comm, torch.float32)[1])
     assert losses[0] == losses[1] == pytest.approx(trained(SMALL, tiny)[1], rel=0.05)
+
+
+def test_weights_in_bfloat16_are_rounded_by_their_place_in_the_whole_head(ranks, tiny):
+    config = SMALL.replace(head_precision="bfloat16", head_optimizer="sgd", dropout=0.0, epochs=1, precision="float32")
+    found = joined([tensors for tensors, _, _ in ranks(3, lambda comm: trained(config, tiny, comm, torch.float32))])
+    whole, other = (trained(config.replace(seed=seed), tiny, dtype=torch.float32)[0]["head.weight"] for seed in (0, 1))
+    assert found["head.weight"].dtype == torch.bfloat16
+    alike = (found["head.weight"] == whole).float().mean()
+    assert alike > 0.95 > 0.5 > (found["head.weight"] == other).float().mean()  # but where sums in another order round
+
+
+def test_compensation_is_refused(ranks, tiny):
+    config = SMALL.replace(head_precision="bfloat16", compensated=0.5)
+    with pytest.raises(ConfigError, match=r"^compensated=0.5 is for one process, not 2: choose compensated=0$"):
+        ranks(2, lambda comm: group_of(config, tiny, comm))
 
 
 def test_more_ranks_than_labels_are_refused(ranks, tiny):
@@ -148,7 +167,8 @@ def test_the_gradient_is_told_complete_before_the_last_chunks_are_updated():
     events = []
     none = torch.zeros(0, dtype=torch.int64)
     positives = linear.Positives(none, none, none, torch.zeros(1, 3, dtype=torch.int64))
-    head = LinearHead(weight, bias, chunk_bytes=3 * 4 * 2)
+    two = 2 * linear.bucket_bytes(3, 4, products=torch.float32, storage=torch.float32)
+    head = LinearHead(weight, bias, chunk_bytes=two)
     gradient, _ = head.step(
         hidden, positives, loss="logistic", want_loss=False,
         update=lambda name, part, value, copy: events.append((name, part.start)),
@@ -160,7 +180,16 @@ def test_the_gradient_is_told_complete_before_the_last_chunks_are_updated():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("changes", [{}, {"layers": 2, "loss": "softmax"}, {"loss": "softmax", "precision": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers": 2, "loss": "softmax"},
+        {"loss": "softmax", "precision": "bfloat16"},
+        {"bottleneck": 5, "head_optimizer": "sgd"},
+    ],
+    ids=str,
+)
 def test_the_bytes_of_a_step_are_those_predicted(ranks, tiny, changes, size):
     config = SMALL.replace(epochs=1, **changes)
     product_bytes = 2 if config.precision == "bfloat16" else 4

@@ -29,6 +29,23 @@ def row_adam_reference(weight_FD, second_F, gradient_FD, touched, *, step, rate)
         weight_FD[f] -= rate * gradient_FD[f] / (np.sqrt(second_F[f] / (1 - B2**step)) + EPSILON)
 
 
+def head_reference(kind, weight, kept, gradient, *, step, rate, weight_decay):
+    """Update a head's weight (B, D) or bias (B,) in place, by the rule of that name; `kept` starts as two zeros of its shape."""
+    if kind == "adamw":
+        return adamw_reference(weight, *kept, gradient, step=step, rate=rate, weight_decay=weight_decay)
+    weight *= 1 - rate * weight_decay
+    for b in range(len(weight)):
+        square = np.mean(gradient[b] ** 2)
+        if kind == "rowwise-adagrad":
+            kept[1][b] += square
+            weight[b] -= rate * gradient[b] / (np.sqrt(kept[1][b]) + EPSILON)
+        elif kind == "rowwise-adam":
+            kept[1][b] = B2 * kept[1][b] + (1 - B2) * square
+            weight[b] -= rate * gradient[b] / (np.sqrt(kept[1][b] / (1 - B2**step)) + EPSILON)
+        else:
+            weight[b] -= rate * gradient[b]
+
+
 def loss_reference(z_NB, y_NB, loss):
     if loss == "logistic":
         return (torch.nn.functional.softplus(z_NB) - y_NB * z_NB).sum() / len(z_NB)
@@ -50,7 +67,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
     moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in weights.items()}
     second_F = np.zeros(len(weights[INPUT]))
     per_epoch = -(-len(X) // config.batch_size)
-    losses = []
+    losses, n_head = [], 0
     for step in range(n_steps):
         epoch, place = divmod(step, per_epoch)
         rows = order_of(len(X), config.seed, epoch)[place * config.batch_size : (place + 1) * config.batch_size]
@@ -59,12 +76,26 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
         h = drop(torch.relu(torch.from_numpy(X[rows]) @ leaves[INPUT] + leaves["input.bias"]))
         for i in range(config.layers):
             h = h + drop(torch.relu(h @ leaves[f"layers.{i}.weight"] + leaves[f"layers.{i}.bias"]))
-        z = h @ leaves["head.weight"].T + leaves["head.bias"]
-        value = loss_reference(z, torch.from_numpy(targets_NB[rows]), config.loss)
-        value.backward()
-        losses.append(value.item())
-        share = rate_at(step, config.epochs * per_epoch, config.warmup)
+        h = h @ leaves["bottleneck.weight"] if config.bottleneck else h
+        share, value, gradient_h = rate_at(step, config.epochs * per_epoch, config.warmup), 0.0, torch.zeros_like(h)
+        size = config.head_batch_size or len(rows)
+        for start in range(0, len(rows), size):
+            part, n_head = slice(start, start + size), n_head + 1
+            own = {name: torch.tensor(weights[name], requires_grad=True) for name in ("head.weight", "head.bias")}
+            narrow = h[part].detach().requires_grad_()
+            z = narrow @ own["head.weight"].T + own["head.bias"]
+            loss = loss_reference(z, torch.from_numpy(targets_NB[rows[part]]), config.loss)
+            loss.backward()
+            gradient_h[part] = narrow.grad * len(narrow) / len(rows)
+            value += loss.item() * len(narrow) / len(rows)
+            for name, leaf in own.items():
+                how = {"step": n_head, "rate": share * config.head_rate(), "weight_decay": config.head_decay()}
+                head_reference(config.head_optimizer, weights[name], moments[name], leaf.grad.numpy(), **how)
+        h.backward(gradient_h)
+        losses.append(value)
         for name, leaf in leaves.items():
+            if name.startswith("head."):
+                continue
             gradient, row_rate = leaf.grad.numpy(), share * config.input_learning_rate
             if name == INPUT:
                 touched = np.flatnonzero(is_touched_NF[rows].any(0))
