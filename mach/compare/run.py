@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +23,7 @@ from mach.files import clear_leftovers, write_json
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
 from mach.store import Run
+from mach.train.clock import Clock
 from mach.train.stop import Stop
 
 SPLIT = "test"
@@ -148,18 +148,22 @@ def _measure(
 def measure(model: Model, dataset: Dataset) -> tuple[dict[str, float], float, float]:
     """Give every metric of the test split, the seconds from features to top-k, and of these the seconds of decoding."""
     split, k = dataset.split(SPLIT), min(TOP_K, dataset.n_labels)
-    evaluator, predict_s, decode_s, start = evaluator_for(dataset), 0.0, 0.0, 0
+    evaluator, clock, start = evaluator_for(dataset), Clock(), 0
     model.predict_topk(_first_rows(split.features), k)  # warm: kernels compiled, weights mapped
-    for features in model.row_chunks(split.features):
-        began = time.perf_counter()
-        logits = model.bucket_logits(features)
-        encoded = time.perf_counter()
-        top = decode_topk(logits, model.table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
-        ended = time.perf_counter()
-        predict_s, decode_s = predict_s + ended - began, decode_s + ended - encoded
+    is_full = model.table.is_identity
+    for features in model.full_chunks(split.features) if is_full else model.row_chunks(split.features):
+        clock.start()
+        if is_full:
+            top = model.full_topk(features, k, lap=clock.lap)
+        else:
+            logits = model.bucket_logits(features)
+            clock.lap("outputs")
+            top = decode_topk(logits, model.table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
+            clock.lap("decode")
         evaluator.update(top.labels, top.scores, _rows_of(split.labels, start, len(features)))
         start += len(features)
-    return evaluator.result(), predict_s, decode_s
+    seconds = clock.read()
+    return evaluator.result(), sum(seconds.values()), seconds.get("decode", 0.0)
 
 
 def by_repetitions(model: Model, dataset: Dataset) -> list[tuple[int, dict[str, float]]]:

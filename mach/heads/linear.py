@@ -67,6 +67,12 @@ class LinearHead:
         torch.baddbmm(self.bias.unsqueeze(1), hidden_RND, self.weight.transpose(1, 2), out=out.transpose(0, 1))
         return out
 
+    def some_logits(self, hidden_RND: Tensor, outputs: slice | Tensor, room: Tensor) -> Tensor:
+        """Give some of the outputs, a run or a list of C of them: (R, N, C), contiguous, at the beginning of a flat room."""
+        weight, bias = self.weight[:, outputs], self.bias[:, outputs].unsqueeze(1)
+        (R, N, _), C = hidden_RND.shape, weight.shape[1]
+        return torch.baddbmm(bias, hidden_RND, weight.transpose(1, 2), out=room[: R * N * C].view(R, N, C))
+
     def step(
         self, hidden_RND: Tensor, positives: Positives, *, loss: Loss, update: Update, want_loss: bool
     ) -> tuple[Tensor, Tensor | None]:
