@@ -426,7 +426,7 @@ def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]
 def _compare(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from mach.compare.report import render_table
+    from mach.compare.report import render_parts, render_table
     from mach.compare.run import compare, read_configurations
     from mach.data import Dataset
 
@@ -434,14 +434,17 @@ def _compare(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     _say(_describe(dataset))
     rows = compare(dataset, args.out, configurations, device=args.device, workers=args.workers, progress=True, say=_say)
-    Console(width=max(100, Console().width)).print(render_table(rows))
+    console = Console(width=max(110, Console().width))
+    console.print(render_table(rows))
+    if (parts := render_parts(rows)) is not None:
+        console.print(parts)
     _say(f"report: {Path(args.out) / 'report.html'}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from mach.inspect.history import histories
     from mach.inspect.plot import plot
-    from mach.inspect.show import show
+    from mach.inspect.show import show, show_parts, size_text
     from mach.store import Run
 
     run = Run.open(args.model)
@@ -457,7 +460,12 @@ def _inspect(args: argparse.Namespace) -> None:
         if r in problems:
             _say(f"repetition {r} {problems[r]}")
         else:
-            _say(f"repetition {r}: {records[r]['parameters']:,} parameters, {records[r]['train_s']:.1f} s of training")
+            facts = records[r]
+            peak = f", {size_text(facts['peak_bytes'])} of memory at most" if "peak_bytes" in facts else ""
+            _say(f"repetition {r}: {facts['parameters']:,} parameters, {facts['train_s']:.1f} s of training{peak}")
+            if not found:  # without logs, what the repetition itself tells
+                for line in show_parts(facts.get("parts_s", {})):
+                    _say(line)
     for history in found:
         for line in show(history):
             _say(line)

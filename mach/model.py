@@ -203,19 +203,20 @@ class Packed:
         The head updates itself chunk by chunk and hands back the gradient of the hidden vectors; the MLP carries it on and
         updates its own; what arrives at the input layer updates the rows that the batch touched.
 
-        `lap(part)` is called after each part of the work: forward, head, update (of dense weights), backward, rows (of inputs).
+        `lap(part)` is called after each part of the work: forward, head forward (outputs and their gradients), head backward
+        (what follows from these), update (of dense weights), backward, rows (of inputs).
         """
 
         def timed(name: str, part: slice, gradient: Tensor, copy: Tensor | None) -> None:
-            lap("head" if name.startswith("head.") else "backward")
+            lap("head backward" if name.startswith("head.") else "backward")
             update(name, part, gradient, copy)
             lap("update")
 
         with torch.no_grad():
             hidden, kept = self.mlp.learn(self.input.forward(batch), drop, self.products)
             lap("forward")
-            grad, loss = self.head.step(hidden, positives, loss=self.config.loss, update=timed, want_loss=want_loss)
-            lap("head")
+            grad, loss = self.head.step(hidden, positives, loss=self.config.loss, update=timed, want_loss=want_loss, lap=lap)
+            lap("head backward")
             grad_z = self.mlp.backward(kept, grad, drop, timed)
             lap("backward")
             update_input(self.input, batch, grad_z)

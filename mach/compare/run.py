@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mach.compare.evaluate import evaluator_for
 from mach.compare.report import write_report
 from mach.compare.rows import Facts, Row
@@ -22,6 +24,8 @@ from mach.errors import ConfigError, DataError, ModelError, Stopped, nearest
 from mach.files import clear_leftovers, write_json
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
+from mach.parallel.memory import group_bytes
+from mach.parallel.runners import devices_of
 from mach.store import Run
 from mach.train.clock import Clock
 from mach.train.stop import Stop
@@ -141,8 +145,18 @@ def _measure(
         decode_s=decode_s,
         n_test=dataset.split(SPLIT).n_samples,
         peak_bytes=max(record["peak_bytes"] for record in records),
+        predicted_bytes=max(
+            group_bytes(run.config, run.sizes, len(record["group"]), device=torch.device(devices_of(device)[0]))
+            for record in records
+        ),
+        parts_s=_sums([record.get("parts_s", {}) for record in records]),
         by_repetitions=by_repetitions(model, dataset),
     )
+
+
+def _sums(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for figures in each for name in figures)
+    return {name: round(sum(figures.get(name, 0.0) for figures in each), 3) for name in names}
 
 
 def measure(model: Model, dataset: Dataset) -> tuple[dict[str, float], float, float]:

@@ -74,13 +74,15 @@ class LinearHead:
         return torch.baddbmm(bias, hidden_RND, weight.transpose(1, 2), out=room[: R * N * C].view(R, N, C))
 
     def step(
-        self, hidden_RND: Tensor, positives: Positives, *, loss: Loss, update: Update, want_loss: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_RND: Tensor, positives: Positives, *, loss: Loss, update: Update, want_loss: bool,
+        lap: Callable[[str], None] = lambda part: None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Update the head on one batch and give the gradient of the mean loss with respect to the hidden vectors.
 
         `update(name, buckets, gradient, copy)` is called once a chunk for "head.weight" and "head.bias", after the chunk's old
         weights have served; `copy` (R, B, D) holds the weights in the type of the products, where that is another, or is None.
-        Losses are summed over outputs and averaged over samples.
+        Losses are summed over outputs and averaged over samples. `lap("head forward")` is called when a chunk's outputs have
+        become their gradients; what follows, but for the updates, is the way back.
 
         Returns: gradient (R, N, D), of the weights' type; the loss of each repetition (R,) in nats a sample (squared units
                  for the hinge), if wanted.
@@ -96,6 +98,7 @@ class LinearHead:
             z = self._outputs(hidden_RND, weight, chunk)
             value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
             total += 0 if value is None else value
+            lap("head forward")
             grad_hidden += torch.bmm(z, weight[:, chunk])
             gradient = self._room("gradient", z.dtype, len(weight), z.shape[2], weight.shape[2])
             update("head.weight", chunk, torch.bmm(z.transpose(1, 2), mean_hidden, out=gradient), self._low)

@@ -149,6 +149,7 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
             read_tensors(best[r], parameters)
         facts = {
             "steps": group.step,
+            "parts_s": {part: round(s / len(group.repetitions), 3) for part, s in group.clock.spent().items()},  # its share, too
             "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
             "peak_bytes": peak_bytes(group.device),
             "group": list(group.repetitions),
@@ -173,6 +174,7 @@ def _progress(run: Run, group: Group, seconds: float) -> dict[str, Any]:
         "n_steps": group.n_steps,
         "seconds": seconds,
         "standings": [dataclasses.asdict(s) for s in group.standings],
+        "parts_s": group.clock.spent(),
     }
 
 
@@ -182,4 +184,5 @@ def _restore(group: Group, path: Path) -> float:
     read_tensors(path, group.tensors())
     group.step = group.optimizer.step = int(progress["step"])
     group.standings = [Standing(**standing) for standing in progress["standings"]]
+    group.clock.go_on_from(progress.get("parts_s", {}))  # a checkpoint of an earlier version tells none
     return float(progress["seconds"])
