@@ -615,10 +615,18 @@ def test_plan(works):
     assert rows["parameters"] == [f"{8 * (100_001 * 512 + 16384 * 513):,}", f"{100_001 * 512 + 3_000_000 * 513:,}"]
     assert rows["FLOPs a sample, heads"] == [f"{2 * 8 * 16384 * 512:,}", f"{2 * 3_000_000 * 512:,}"]
     assert "give --features" not in out and "give --features to count them" in works("plan", "--labels", "1000")
+    assert int(rows["bytes at the peak"][0].replace(",", "")) > int(rows["bytes to train at once"][0].replace(",", ""))
+    for of in (0, 1):
+        shares = [float(rows[name][of]) for name in ("encoder, %", "head forward, %", "head backward, %", "update, %")]
+        assert sum(shares) == pytest.approx(100, abs=0.3) and float(rows["step of 256 samples, ms"][of].replace(",", "")) > 0
+    assert re.fullmatch(r"estimated with [\d,.]+ GFLOP/s of \w+ products and [\d.]+ GB/s of memory, .*", out.splitlines()[-1])
     plain, roomy, tight = (
         json.loads(works("plan", "--labels", "1000000", "--json", *more))
         for more in ([], ["--memory", "1T"], ["--memory", "90M"])
     )
+    forecasts = [found.pop("forecast") for found in (plain, roomy)]
+    assert forecasts[0]["full"]["peak_bytes"] == forecasts[1]["full"]["peak_bytes"] > 4 * 3 * 1_000_000 * 512
+    assert forecasts[0]["rates"]["flops"] > 0 and forecasts[0]["hashed"]["parts_s"]["update"] > 0
     assert plain == roomy and tight["hashed"]["training_bytes"] <= 90_000_000 < plain["hashed"]["training_bytes"]
 
 

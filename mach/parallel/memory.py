@@ -35,6 +35,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     one = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers
     )  # fmt: skip
+    table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     width = 2 if resolve_precision(config.precision, device) == torch.bfloat16 else 4
     copy = 0 if width == 4 else width * B * D
     chunk = min(linear.CHUNK_BYTES[device.type], n * N * B * width)
@@ -42,7 +43,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     hidden = n * N * D * (16 + (13 + width) * config.layers)
     passes = 3 * (chunk // width * 4)
     return (
-        PROCESS_BYTES + n * (one.training_bytes + copy) + one.weight_bytes + hidden + chunk + passes
+        PROCESS_BYTES + n * (one.training_bytes - one.table_bytes + table + copy) + one.weight_bytes + hidden + chunk + passes
         + n * buckets * D * width + inputs.GRADIENT_BYTES[device.type]
     )  # fmt: skip
 

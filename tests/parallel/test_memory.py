@@ -47,6 +47,11 @@ def test_the_bytes_of_a_group_are_counted_by_hand():
     assert group_bytes(config, SIZES, 3, device=CPU) == memory.PROCESS_BYTES + stays + comes_and_goes
 
 
+def test_the_identity_table_is_not_held():
+    hashed, full = (group_bytes(Config(table=table, buckets=500), SIZES, 1, device=CPU) for table in ("hashed", "identity"))
+    assert hashed - full == 500  # a byte an entry
+
+
 def test_hashed_features_count_as_rows():
     full, hashed = (group_bytes(Config(feature_buckets=n), SIZES, 8, device=CPU) for n in (0, 100))
     assert full - hashed == 8 * 900 * (512 * 4 + 4) + 900 * 512 * 4
