@@ -23,7 +23,8 @@ from mach.errors import DataError, MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
     from mach.data import Dataset
-    from mach.hashing.bounds import Cost
+    from mach.hashing.bounds import Cost, Plan
+    from mach.parallel.forecast import Forecast, Rates
 
 LINE_OF_CTRL_C = "\n"  # a terminal writes ^C and stays on its line
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -169,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=_count, help="for training, such as 8G or 8GiB")
     plan.add_argument("--hidden", type=int, default=512, help="D, the widest hidden vector to propose (default 512)")
     plan.add_argument("--delta", type=float, default=0.01, help="allowed chance that two labels share all buckets (default 0.01)")
+    plan.add_argument("--batch-size", type=int, default=Config().batch_size, help="samples a step (default %(default)s)")
+    plan.add_argument("--device", default="auto", help="auto, cpu or cuda:i: what memory and time are estimated for")
     plan.add_argument("--json", action="store_true")
     return parser
 
@@ -446,7 +449,7 @@ def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]
 def _compare(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from mach.compare.report import render_table
+    from mach.compare.report import render_parts, render_table
     from mach.compare.run import compare, read_configurations
     from mach.data import Dataset
 
@@ -454,14 +457,17 @@ def _compare(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.data)
     _say(_describe(dataset))
     rows = compare(dataset, args.out, configurations, device=args.device, workers=args.workers, progress=True, say=_say)
-    Console(width=max(100, Console().width)).print(render_table(rows))
+    console = Console(width=max(110, Console().width))
+    console.print(render_table(rows))
+    if (parts := render_parts(rows)) is not None:
+        console.print(parts)
     _say(f"report: {Path(args.out) / 'report.html'}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
     from mach.inspect.history import histories
     from mach.inspect.plot import plot
-    from mach.inspect.show import show
+    from mach.inspect.show import show, show_parts, size_text
     from mach.store import Run
 
     run = Run.open(args.model)
@@ -477,7 +483,12 @@ def _inspect(args: argparse.Namespace) -> None:
         if r in problems:
             _say(f"repetition {r} {problems[r]}")
         else:
-            _say(f"repetition {r}: {records[r]['parameters']:,} parameters, {records[r]['train_s']:.1f} s of training")
+            facts = records[r]
+            peak = f", {size_text(facts['peak_bytes'])} of memory at most" if "peak_bytes" in facts else ""
+            _say(f"repetition {r}: {facts['parameters']:,} parameters, {facts['train_s']:.1f} s of training{peak}")
+            if not found:  # without logs, what the repetition itself tells
+                for line in show_parts(facts.get("parts_s", {})):
+                    _say(line)
     for history in found:
         for line in show(history):
             _say(line)
@@ -516,8 +527,10 @@ def _plan(args: argparse.Namespace) -> None:
     from mach.hashing.bounds import propose
 
     plan = propose(args.labels, args.features, args.memory, args.delta, args.hidden, args.active_features)
+    rates, products, forecasts = _forecasts(args, plan)
     if args.json:
-        return _say(json.dumps(asdict(plan)))
+        each = {name: asdict(found) for name, found in forecasts.items()}
+        return _say(json.dumps({**asdict(plan), "forecast": {"rates": asdict(rates), **each}}))
     _say(f"{plan.n_labels:,} labels: --buckets {plan.n_buckets} --repetitions {plan.n_repetitions} --hidden {plan.hidden}")
     _say(f"chance that some two labels share all their buckets: {plan.failure_probability:.2g}")
     one, every = plan.collisions_one, plan.collisions_all
@@ -525,8 +538,41 @@ def _plan(args: argparse.Namespace) -> None:
     _say(f"{'':26}{'hashed':>16}{'full head':>16}")
     for text, of in _PLAN_LINES:
         _say(f"{text:26}{of(plan.hashed):>16,}{of(plan.full):>16,}")
+    hashed, full = forecasts["hashed"], forecasts["full"]
+    totals = [sum(found.parts_s.values()) for found in (hashed, full)]
+    _say(f"{'bytes at the peak':26}{hashed.peak_bytes:>16,}{full.peak_bytes:>16,}")
+    _say(f"{f'step of {args.batch_size} samples, ms':26}{1e3 * totals[0]:>16,.1f}{1e3 * totals[1]:>16,.1f}")
+    for part in hashed.parts_s:
+        shares = [100 * found.parts_s[part] / total for found, total in zip((hashed, full), totals, strict=True)]
+        _say(f"{f'  {part}, %':26}{shares[0]:>16.1f}{shares[1]:>16.1f}")
     if args.features is None:
         _say("without the encoders' input layers; give --features to count them, too")
+    speeds = f"{rates.flops / 1e9:,.0f} GFLOP/s of {products} products and {rates.bytes / 1e9:.1f} GB/s of memory"
+    _say(f"estimated with {speeds}, measured here just now; all repetitions of the hashed at once")
+
+
+def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[str, Forecast]]:
+    """Forecast the training of both heads of a plan, with rates of the machine at hand."""
+    from mach.model import Sizes, resolve_device, resolve_precision
+    from mach.parallel.forecast import forecast, measure_rates
+
+    device = resolve_device(args.device)
+    hashed = Config(
+        hidden=plan.hidden, repetitions=plan.n_repetitions, buckets=plan.n_buckets, batch_size=args.batch_size
+    )  # fmt: skip
+    products = resolve_precision(hashed.precision, device)
+    rates = measure_rates(device, products)
+    found = {}
+    for name, config in (("hashed", hashed), ("full", hashed.replace(table="identity"))):
+        sizes = Sizes(
+            n_features=args.features or 0,
+            n_labels=plan.n_labels,
+            n_buckets=config.n_buckets(plan.n_labels),
+            features="sparse",
+            labels_a_sample=1.0,
+        )
+        found[name] = forecast(config, sizes, rates=rates, device=device, active_features=args.active_features)
+    return rates, str(products).removeprefix("torch."), found
 
 
 _PLAN_LINES: list[tuple[str, Callable[[Cost], int]]] = [

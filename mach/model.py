@@ -25,6 +25,7 @@ from torch import Tensor
 from mach.config import Config, Estimator, Loss, Precision
 from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
+from mach.decoding.full import CHUNK_BYTES, full_topk
 from mach.decoding.only import check_exclude, check_restrict
 from mach.encoders import MLP, Bottleneck, DenseBatch, Dropout, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
@@ -36,6 +37,7 @@ from mach.heads.shard import normal_rows
 INPUT = "input.weight"
 INPUT_SCALE = 0.1  # standard deviation of the initial input weights
 SCORE_BYTES = 64 << 20  # of the bucket scores held at once while predicting
+FULL_ROWS = 1024  # samples that read the weights of the full head together: enough for the product to be bound by arithmetic
 FEATURE_SEED = 1 << 40  # so that features are not hashed as labels are
 DEFAULT_ESTIMATOR: Estimator = "logits"
 
@@ -168,6 +170,43 @@ class Packed:
             hidden = self.mlp.forward(self.input.forward(batch))
             return self.head.logits(hidden if self.bottleneck is None else self.bottleneck(hidden))
 
+    def full_topk(
+        self,
+        batch: Batch,
+        k: int,
+        *,
+        estimator: Estimator,
+        restrict: npt.ArrayLike | None = None,
+        exclude: Sequence[npt.ArrayLike] | None = None,
+        first_sample: int = 0,
+        lap: Callable[[str], None] = lambda part: None,
+    ) -> TopK:
+        """Give the k best outputs of a single repetition, the full head, for each sample; the outputs are never held together.
+
+        `lap` is called after each chunk of outputs is made ("outputs") and before the next ("decode"). See `Model.predict_topk`.
+        """
+        with torch.no_grad():
+            hidden = self.mlp.forward(self.input.forward(batch))
+            hidden = hidden if self.bottleneck is None else self.bottleneck(hidden)
+            lap("outputs")
+            (_, N, D), K, device = hidden.shape, self.head.weight.shape[1], hidden.device
+            width = max(1, CHUNK_BYTES[device.type] // (4 * max(1, N, D)))
+            room = hidden.new_empty(N * min(width, K))
+
+            def outputs(labels: slice | np.ndarray) -> Tensor:
+                lap("decode")
+                part = labels if isinstance(labels, slice) else torch.from_numpy(labels).to(device)
+                found = self.head.some_logits(hidden, part, room)[0].float()
+                lap("outputs")
+                return found
+
+            top = full_topk(
+                outputs, N, K, k, loss=self.config.loss, estimator=estimator, width=width, restrict=restrict, exclude=exclude,
+                device=device, first_sample=first_sample,
+            )  # fmt: skip
+            lap("decode")
+        return top
+
     def step(
         self,
         batch: Batch,
@@ -188,11 +227,12 @@ class Packed:
 
         `begin_head(update)` is called before each step of the head; it gives the update for it, perhaps with its rule.
 
-        `lap(part)` is called after each part of the work: forward, head, update (of dense weights), backward, rows (of inputs).
+        `lap(part)` is called after each part of the work: forward, head forward (outputs and their gradients), head backward
+        (what follows from these), update (of dense weights), backward, rows (of inputs).
         """
 
         def timed(name: str, part: slice, gradient: Tensor, copy: Tensor | None) -> None:
-            lap("head" if name.startswith("head.") else "backward")
+            lap("head backward" if name.startswith("head.") else "backward")
             update(name, part, gradient, copy)
             lap("update")
 
@@ -200,8 +240,8 @@ class Packed:
             hidden, kept = self.mlp.learn(self.input.forward(batch), drop, self.products)
             lap("forward")
             narrow = hidden if self.bottleneck is None else self.bottleneck(hidden)
-            grad, loss = self.step_head(narrow, positives, lambda: begin_head(timed), want_loss=want_loss)
-            lap("head")
+            grad, loss = self.step_head(narrow, positives, lambda: begin_head(timed), want_loss=want_loss, lap=lap)
+            lap("head backward")
             grad = grad if self.bottleneck is None else self.bottleneck.backward(hidden, grad, timed)
             grad_z = self.mlp.backward(kept, grad, drop, timed)
             lap("backward")
@@ -269,10 +309,14 @@ class Model:
         out = torch.empty(len(features), len(self.repetitions), self.sizes.n_buckets, device=self.device)
         for r, packed in enumerate(self.repetitions):
             if r == 0 or self._feature_buckets is not None:
-                rows = None if self._feature_buckets is None else self._feature_buckets[r : r + 1]
-                batch = make_batch(features, normalize=self.config.normalize, device=self.device, buckets_RF=rows)
+                batch = self._batch(features, r)
             out[:, r] = packed.logits(batch)[:, 0]
         return out
+
+    def _batch(self, features: CSR | np.ndarray, r: int) -> Batch:
+        """Give the batch of the r-th repetition held; the same for all unless features are hashed."""
+        rows = None if self._feature_buckets is None else self._feature_buckets[r : r + 1]
+        return make_batch(features, normalize=self.config.normalize, device=self.device, buckets_RF=rows)
 
     @cached_property
     def _feature_buckets(self) -> np.ndarray | None:
@@ -302,23 +346,32 @@ class Model:
         lists = None if exclude is None else check_exclude(exclude, len(features), self.sizes.n_labels, subset, k)
         without = None if lists is None else np.split(lists.labels, lists.starts[1:-1])
         parts, start = [], 0
-        for rows in self.row_chunks(features):
+        for rows in self.full_chunks(features) if self.table.is_identity else self.row_chunks(features):
             how: dict[str, Any] = {"estimator": estimator, "restrict": subset}
             if without is not None:
                 how["exclude"] = without[start : start + len(rows)]
-            parts.append(decode_topk(self.bucket_outputs(rows), self.table, k, loss=self.config.loss, **how))
+            if self.table.is_identity:
+                parts.append(self.full_topk(rows, k, first_sample=start, **how))
+            else:
+                parts.append(decode_topk(self.bucket_outputs(rows), self.table, k, loss=self.config.loss, **how))
             start += len(rows)
         return TopK(np.concatenate([p.labels for p in parts]), np.concatenate([p.scores for p in parts]))
+
+    def full_topk(self, features: CSR | np.ndarray, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR, **how: Any) -> TopK:
+        """Do what `predict_topk` does for the samples of one of `full_chunks`, where the table is the identity."""
+        return self.repetitions[0].full_topk(self._batch(features, 0), k, estimator=estimator, **how)
 
     def row_chunks(self, features: CSR | np.ndarray, n_repetitions: int | None = None) -> Iterator[CSR | np.ndarray]:
         """Cut samples into runs whose bucket scores take at most 64 MiB; at least one run, perhaps empty.
 
         For `n_repetitions` instead of those held: products of the same shapes round alike.
         """
-        n = chunk_rows(len(self.repetitions) if n_repetitions is None else n_repetitions, self.sizes.n_buckets)
-        for start in range(0, max(1, len(features)), n):
-            rows = np.arange(start, min(start + n, len(features)))
-            yield take(features, rows)
+        n_held = len(self.repetitions) if n_repetitions is None else n_repetitions
+        return _runs(features, chunk_rows(n_held, self.sizes.n_buckets))
+
+    def full_chunks(self, features: CSR | np.ndarray) -> Iterator[CSR | np.ndarray]:
+        """Cut samples into runs for the full head, whose outputs are never held together; at least one run, perhaps empty."""
+        return _runs(features, FULL_ROWS)
 
     def features_of(self, X: Any) -> CSR | np.ndarray:
         """Turn what a user holds into features of the model's kind; see `predict_topk`."""
@@ -342,6 +395,11 @@ class Model:
     def name_of(self, label: int) -> str:
         """Give a label's name, or its id if labels are only numbers."""
         return str(label) if self.label_names is None else self.label_names[label]
+
+
+def _runs(features: CSR | np.ndarray, n: int) -> Iterator[CSR | np.ndarray]:
+    for start in range(0, max(1, len(features)), n):
+        yield take(features, np.arange(start, min(start + n, len(features))))
 
 
 def chunk_rows(n_repetitions: int, n_buckets: int) -> int:

@@ -521,7 +521,10 @@ def test_compare(works, mach, tiny, tmp_path):
     args = ["compare", tiny.path, "--out", tmp_path / "out", "--config", file]
     out = works(*args)
     assert out.startswith(f"{tiny.path}: train 200, test 60, dev 40 samples, 50 features, 40 labels\n[1/2] small\n[2/2] full\n")
-    assert re.search(r"^configuration +P@1 +P@3 +P@5 +train +parameters +on disk +a query +peak memory *$", out, flags=re.M)
+    assert re.search(
+        r"^configuration +P@1 +P@3 +P@5 +train +parameters +on disk +a query +peak memory +predicted *$", out, flags=re.M
+    )
+    assert re.search(r"^training, % of the time +encoder +head forward +head backward +update +rest *$", out, flags=re.M)
     assert re.search(r"^small .*x", out, flags=re.M) and re.search(r"^full ", out, flags=re.M)
     assert out.endswith(f"report: {tmp_path}/out/report.html\n")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"small", "full", "report.html", "results.json"}
@@ -545,12 +548,17 @@ def test_inspect(works, run, tmp_path):
     lines = works("inspect", run).splitlines()
     assert lines[0] == f"{run}: hashed table, 40 labels, 13 buckets, 50 features"
     assert "buckets=13, repetitions=2, seed=0, hidden=8" in lines[1]
-    assert all(re.fullmatch(rf"repetition {r}: 525 parameters, \d+\.\d s of training", lines[2 + r]) for r in (0, 1))
+    told = r"525 parameters, \d+\.\d s of training, [\d.]+ [MG]B of memory at most"
+    assert all(re.fullmatch(f"repetition {r}: {told}", lines[2 + r]) for r in (0, 1))
     assert re.fullmatch(r"group-0-1: finished, \d+\.\d s, [\d,]+ samples/s, [\d.]+ [MG]B of memory at most", lines[4])
     assert re.fullmatch(r"  loss +\d+\.\d{3} [▁▂▃▄▅▆▇█]+ \d+\.\d{3}", lines[5])
-    parts = {line.split()[0] for line in lines[7:]}
-    steps = {"forward", "head", "update", "backward", "rows"}
-    assert {"forward", "head", "backward"} <= parts <= steps | {"data", "watch", "validation", "checkpoint", "log"}
+    parts = {line[2:15].strip() for line in lines[7:]}
+    steps = {"forward", "head forward", "head backward", "update", "backward", "rows"}
+    others = {"data", "watch", "validation", "checkpoint", "log"}
+    assert {"forward", "head forward", "head backward", "backward"} <= parts <= steps | others
+    without_logs = shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("logs"))
+    lines = works("inspect", without_logs).splitlines()[2:]
+    assert re.fullmatch(f"repetition 0: {told}", lines[0]) and "head backward" in {line[2:15].strip() for line in lines[1:]}
     broken = shutil.copytree(run, tmp_path / "run")
     weights = Run.open(broken).weights_path(0)
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -564,7 +572,7 @@ def test_inspect_as_json(works, run):
     assert found["manifest"]["format"] == 1 and found["problems"] == {}
     assert found["repetitions"]["1"]["parameters"] == 525
     group = found["groups"]["group-0-1"]
-    assert group["step"] == group["n_steps"] == 4 and group["finished"] and group["parts_s"]["head"] > 0
+    assert group["step"] == group["n_steps"] == 4 and group["finished"] and group["parts_s"]["head forward"] > 0
     assert [at for at, _ in group["loss"]] == [1, 4]
 
 
@@ -607,10 +615,18 @@ def test_plan(works):
     assert rows["parameters"] == [f"{8 * (100_001 * 512 + 16384 * 513):,}", f"{100_001 * 512 + 3_000_000 * 513:,}"]
     assert rows["FLOPs a sample, heads"] == [f"{2 * 8 * 16384 * 512:,}", f"{2 * 3_000_000 * 512:,}"]
     assert "give --features" not in out and "give --features to count them" in works("plan", "--labels", "1000")
+    assert int(rows["bytes at the peak"][0].replace(",", "")) > int(rows["bytes to train at once"][0].replace(",", ""))
+    for of in (0, 1):
+        shares = [float(rows[name][of]) for name in ("encoder, %", "head forward, %", "head backward, %", "update, %")]
+        assert sum(shares) == pytest.approx(100, abs=0.3) and float(rows["step of 256 samples, ms"][of].replace(",", "")) > 0
+    assert re.fullmatch(r"estimated with [\d,.]+ GFLOP/s of \w+ products and [\d.]+ GB/s of memory, .*", out.splitlines()[-1])
     plain, roomy, tight = (
         json.loads(works("plan", "--labels", "1000000", "--json", *more))
         for more in ([], ["--memory", "1T"], ["--memory", "90M"])
     )
+    forecasts = [found.pop("forecast") for found in (plain, roomy)]
+    assert forecasts[0]["full"]["peak_bytes"] == forecasts[1]["full"]["peak_bytes"] > 4 * 3 * 1_000_000 * 512
+    assert forecasts[0]["rates"]["flops"] > 0 and forecasts[0]["hashed"]["parts_s"]["update"] > 0
     assert plain == roomy and tight["hashed"]["training_bytes"] <= 90_000_000 < plain["hashed"]["training_bytes"]
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mach.compare.rows import Row, percent, plain, scaled
+from mach.compare.rows import PARTS, Row, percent, plain, scaled
 from mach.draw import INK, LINE, MUTED, PALETTE
 
 FULL, CARD = "#6f7781", "#fefefe"  # a full head is grey, the line to beat
@@ -77,6 +77,39 @@ def cost_chart(rows: Sequence[Row]) -> str:
         panel.xaxis.set_visible(False)
     alt = "; ".join(f"{title}: " + ", ".join(f"{row.name} {text(row)}" for row in rows) for title, _, text in costs)
     return _svg(figure, "cost", alt)
+
+
+def part_names(rows: Sequence[Row]) -> list[str]:
+    """List the parts of training that took time in any row, in the order of a step."""
+    known = {name for row in rows for name in row.time_by_part}
+    return [name for name in (*PARTS, "rest") if name in known]
+
+
+def parts_chart(rows: Sequence[Row]) -> str | None:
+    """Draw the seconds of training of each row as one bar, part by part; None if none were measured."""
+    names = part_names(rows)
+    if not names:
+        return None
+    figure, (panel,) = _panels(rows, 1, 1)
+    left = [0.0] * len(rows)
+    for name, colour in zip(names, _part_colours(names), strict=True):
+        widths = [row.time_by_part.get(name, 0.0) for row in rows]
+        panel.barh(range(len(rows)), widths, left=left, height=0.5, color=colour, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, end in enumerate(left):
+        _note(panel, end, y, plain(end, "s"), bold=end == min(left), dx=5)
+    panel.set_xlim(0, 1.12 * max(left))
+    panel.xaxis.set_visible(False)
+    panel.legend(frameon=False, fontsize=12, labelcolor=INK, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1))
+    alt = "; ".join(
+        f"{row.name}: " + ", ".join(f"{name} {plain(row.time_by_part.get(name, 0.0), 's')}" for name in names) for row in rows
+    )
+    return _svg(figure, "parts", alt)
+
+
+def _part_colours(names: Sequence[str]) -> list[str]:
+    """Give each part its colour, the same in every report."""
+    return [FULL if name == "rest" else PALETTE[list(PARTS).index(name)] for name in names]
 
 
 def repetitions_chart(rows: Sequence[Row]) -> str | None:

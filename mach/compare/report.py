@@ -16,7 +16,7 @@ from mach.compare.rows import Facts, Row, percent, plain, scaled, this_machine, 
 from mach.errors import ConfigError
 from mach.files import atomic
 
-__all__ = ["Facts", "Row", "render_html", "render_table", "this_machine", "write_report"]
+__all__ = ["Facts", "Row", "render_html", "render_parts", "render_table", "this_machine", "write_report"]
 
 
 BEST = ' class="best"'
@@ -37,6 +37,7 @@ COSTS = (
     _Column("on disk", lambda row: row.bytes, lambda row: scaled(row.bytes, "B")),
     _Column("a query", lambda row: row.predict_ms, lambda row: plain(row.predict_ms, "ms")),
     _Column("peak memory", lambda row: row.peak_bytes, lambda row: scaled(row.peak_bytes, "B")),
+    _Column("predicted", lambda row: row.predicted_bytes or None, lambda row: scaled(row.predicted_bytes, "B")),
 )
 
 
@@ -49,6 +50,10 @@ class _Cell:
 
 def _metric_column(key: str) -> _Column:
     return _Column(key, lambda row: row.metrics.get(key), lambda row: percent(row.metrics.get(key)), high_is_good=True)
+
+
+def _part_column(name: str) -> _Column:
+    return _Column(name, lambda row: row.time_by_part.get(name), lambda row: plain(row.time_by_part[name], "s"))
 
 
 def _columns(rows: Sequence[Row]) -> list[_Column]:
@@ -64,7 +69,8 @@ def _cells(rows: Sequence[Row], column: _Column) -> list[_Cell]:
     texts = {text for _, text in known}  # where all read alike none is best
     cells = []
     for row in rows:
-        value, text = column.value(row), column.text(row)
+        value = column.value(row)
+        text = column.text(row) if value is not None else "-"
         ratio = f"{three(value / base)}x" if base and value is not None and not row.is_full else ""
         cells.append(_Cell(text, ratio, is_best=text == best and len(texts) > 1))
     return cells
@@ -95,6 +101,22 @@ def render_table(rows: Sequence[Row]) -> Table:
     for i, row in enumerate(rows):
         texts = [_marked_up(column[i]) for column in cells]
         table.add_row(escape_markup(row.name), *texts)
+    return table
+
+
+def render_parts(rows: Sequence[Row]) -> Table | None:
+    """Give the terminal's table of where the time of training went, in percent; None if it was not measured."""
+    names = charts.part_names(rows)
+    if not names:
+        return None
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
+    table.add_column("training, % of the time", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        total = sum(row.time_by_part.values())
+        shares = [f"{100 * row.time_by_part.get(name, 0.0) / total:.1f}" if total else "-" for name in names]
+        table.add_row(escape_markup(row.name), *shares)
     return table
 
 
@@ -161,7 +183,7 @@ def _lead(rows: Sequence[Row]) -> str:
 
 
 def _note(rows: Sequence[Row]) -> str:
-    text = "P@k in percent. A query is the time from features to top-k, per test sample."
+    text = "P@k in percent. A query is the time from features to top-k, per test sample. Peak memory is the training process's."
     full = next((row for row in rows if row.is_full), None)
     return f"{text} Small figures are ratios to {full.name}." if full and len(rows) > 1 else text
 
@@ -175,6 +197,14 @@ def _figures(rows: Sequence[Row]) -> Iterable[str]:
     yield page.FIGURE.substitute(
         title="Cost", caption="Less is better; bars begin at 0, the least is bold.", chart=charts.cost_chart(rows)
     )
+    parts = charts.parts_chart(rows)
+    if parts:
+        yield page.FIGURE.substitute(
+            title="Time by part",
+            caption="Seconds of training: the encoder, there and back; the head's outputs, and their gradients; what follows "
+            "from these; the update of dense weights; what comes between steps. The shortest is bold.",
+            chart=parts + _parts_table(rows),
+        )
     curves = charts.repetitions_chart(rows)
     if curves:
         yield page.FIGURE.substitute(
@@ -192,6 +222,10 @@ def _html_table(rows: Sequence[Row]) -> str:
         for i, (row, colour) in enumerate(zip(rows, charts.colours(rows), strict=True))
     ]
     return _table([column.title for column in columns], body)
+
+
+def _parts_table(rows: Sequence[Row]) -> str:
+    return _transposed(rows, [(name, _cells(rows, _part_column(name))) for name in charts.part_names(rows)])
 
 
 def _transposed(rows: Sequence[Row], lines: Iterable[tuple[str, Sequence[_Cell]]]) -> str:

@@ -6,10 +6,18 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+PARTS = {  # of a step, and the clock's parts in each
+    "encoder": ("forward", "backward", "rows"),
+    "head forward": ("head forward",),
+    "head backward": ("head backward",),
+    "update": ("update",),
+    "communication": ("communication",),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,13 +33,23 @@ class Row:
     predict_s: float  # from features to top-k, the whole test split
     decode_s: float  # of these, from bucket scores to top-k
     n_test: int
-    peak_bytes: int
+    peak_bytes: int  # of training, measured
+    predicted_bytes: int = 0  # what `mach.parallel.memory` says of it beforehand; 0: it was not asked
+    parts_s: Mapping[str, float] = field(default_factory=dict)  # of training, by part of a step as the clock has them
     by_repetitions: Sequence[tuple[int, Mapping[str, float]]] = ()  # (R decoded with, metrics), R rising
 
     @property
     def is_full(self) -> bool:
         """Say whether this is the full head, to which the others are compared."""
         return self.config.get("table") == "identity"
+
+    @property
+    def time_by_part(self) -> dict[str, float]:
+        """Give the seconds of training by the parts of `PARTS`, all other work as "rest"; nothing where none was measured."""
+        known = {part for parts in PARTS.values() for part in parts}
+        found = {name: sum(self.parts_s.get(part, 0.0) for part in parts) for name, parts in PARTS.items()}
+        rest = sum(seconds for part, seconds in self.parts_s.items() if part not in known)
+        return {name: seconds for name, seconds in {**found, "rest": rest}.items() if seconds}
 
     @property
     def predict_ms(self) -> float:

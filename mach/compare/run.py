@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mach.compare.evaluate import evaluator_for
 from mach.compare.report import write_report
@@ -23,7 +24,10 @@ from mach.errors import ConfigError, DataError, ModelError, Stopped, nearest
 from mach.files import clear_leftovers, write_json
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
+from mach.parallel.memory import group_bytes
+from mach.parallel.runners import devices_of
 from mach.store import Run
+from mach.train.clock import Clock
 from mach.train.stop import Stop
 
 SPLIT = "test"
@@ -141,25 +145,39 @@ def _measure(
         decode_s=decode_s,
         n_test=dataset.split(SPLIT).n_samples,
         peak_bytes=max(record["peak_bytes"] for record in records),
+        predicted_bytes=max(
+            group_bytes(run.config, run.sizes, len(record["group"]), device=torch.device(devices_of(device)[0]))
+            for record in records
+        ),
+        parts_s=_sums([record.get("parts_s", {}) for record in records]),
         by_repetitions=by_repetitions(model, dataset),
     )
+
+
+def _sums(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for figures in each for name in figures)
+    return {name: round(sum(figures.get(name, 0.0) for figures in each), 3) for name in names}
 
 
 def measure(model: Model, dataset: Dataset) -> tuple[dict[str, float], float, float]:
     """Give every metric of the test split, the seconds from features to top-k, and of these the seconds of decoding."""
     split, k = dataset.split(SPLIT), min(TOP_K, dataset.n_labels)
-    evaluator, predict_s, decode_s, start = evaluator_for(dataset), 0.0, 0.0, 0
+    evaluator, clock, start = evaluator_for(dataset), Clock(), 0
     model.predict_topk(_first_rows(split.features), k)  # warm: kernels compiled, weights mapped
-    for features in model.row_chunks(split.features):
-        began = time.perf_counter()
-        logits = model.bucket_logits(features)
-        encoded = time.perf_counter()
-        top = decode_topk(logits, model.table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
-        ended = time.perf_counter()
-        predict_s, decode_s = predict_s + ended - began, decode_s + ended - encoded
+    is_full = model.table.is_identity
+    for features in model.full_chunks(split.features) if is_full else model.row_chunks(split.features):
+        clock.start()
+        if is_full:
+            top = model.full_topk(features, k, lap=clock.lap)
+        else:
+            logits = model.bucket_logits(features)
+            clock.lap("outputs")
+            top = decode_topk(logits, model.table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
+            clock.lap("decode")
         evaluator.update(top.labels, top.scores, _rows_of(split.labels, start, len(features)))
         start += len(features)
-    return evaluator.result(), predict_s, decode_s
+    seconds = clock.read()
+    return evaluator.result(), sum(seconds.values()), seconds.get("decode", 0.0)
 
 
 def by_repetitions(model: Model, dataset: Dataset) -> list[tuple[int, dict[str, float]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ def bucket_scores(
     N, R, B = logits_NRB.shape
     scale, shift = (B / ((B - 1) * R), -1 / ((B - 1) * R)) if estimator == "mean" else (1.0, 0.0)
     broken_N = np.full(N, GOOD)
-    kind, n_each = _transform_of(loss, estimator), -(-N // n_threads) or 1
+    kind, n_each = transform_of(loss, estimator), -(-N // n_threads) or 1
     tasks = [
         (logits_NRB[a : a + n_each], kind, np.float32(scale), np.float32(shift), broken_N[a : a + n_each])
         for a in range(0, N, n_each)
@@ -66,15 +67,20 @@ def bucket_scores(
     if (broken_N != GOOD).any():
         sample = int(np.argmax(broken_N != GOOD))
         row = int(broken_N[sample])
-        number = repetitions[row] if repetitions else row
-        raise ConfigError(
-            f"sample {sample}, repetition {number}: the head gave an output that is not a finite number below {LIMIT:.0e}; "
-            "train or copy this repetition again, or decode without it"
-        )
+        refuse(sample, repetitions[row] if repetitions else row)
     return logits_NRB
 
 
-def _transform_of(loss: Loss, estimator: Estimator) -> int:
+def refuse(sample: int, repetition: int) -> NoReturn:
+    """Raise ConfigError for an output that is not finite or reaches 1e30."""
+    raise ConfigError(
+        f"sample {sample}, repetition {repetition}: the head gave an output that is not a finite number below {LIMIT:.0e}; "
+        "train or copy this repetition again, or decode without it"
+    )
+
+
+def transform_of(loss: Loss, estimator: Estimator) -> int:
+    """Give the number of the transform that makes bucket scores of outputs."""
     if estimator == "logits":
         return RAW
     if estimator == "log-probs":
@@ -108,7 +114,7 @@ def _all_below_limit(row_B: Float32) -> bool:
 
 
 @jit
-def _exp(x: np.float32) -> np.float32:
+def exp_of(x: np.float32) -> np.float32:
     """Give e**x for x <= 0 (e**-87 for x < -87) with a relative error below 1e-7, in a form that vectorises: libm's does not.
 
     x = n ln 2 + y with |y| <= ln 2 / 2; e**y by the minimax polynomial of Cephes' expf; 2**n by its exponent bits.
@@ -122,22 +128,33 @@ def _exp(x: np.float32) -> np.float32:
 
 
 @jit_ieee
+def sigmoid_of(x: np.float32) -> np.float32:
+    """Give 1 / (1 + exp(-x))."""
+    small = exp_of(-abs(x))
+    return (small if x < ZERO else ONE) / (ONE + small)
+
+
+@jit_ieee
+def log_sigmoid_of(x: np.float32) -> np.float32:
+    """Give min(x, 0) - log(1 + e), e = exp(-|x|), by log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3, its series to s**17."""
+    small = exp_of(-abs(x))
+    s = small / (ONE + ONE + small)
+    t = s * s
+    tail = (((ATANH[0] * t + ATANH[1]) * t + ATANH[2]) * t + ATANH[3]) * t + ATANH[4]
+    tail = (((tail * t + ATANH[5]) * t + ATANH[6]) * t + ATANH[7]) * t
+    return (x if x < ZERO else ZERO) - (s + s) * (ONE + tail)
+
+
+@jit_ieee
 def _sigmoid(row_B: Float32, scale: np.float32, shift: np.float32) -> None:
     for b in range(len(row_B)):
-        small = _exp(-abs(row_B[b]))
-        row_B[b] = (small if row_B[b] < ZERO else ONE) / (ONE + small) * scale + shift
+        row_B[b] = sigmoid_of(row_B[b]) * scale + shift
 
 
 @jit_ieee
 def _log_sigmoid(row_B: Float32) -> None:
-    """Give min(x, 0) - log(1 + e), e = exp(-|x|), by log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3, its series to s**17."""
     for b in range(len(row_B)):
-        small = _exp(-abs(row_B[b]))
-        s = small / (ONE + ONE + small)
-        t = s * s
-        tail = (((ATANH[0] * t + ATANH[1]) * t + ATANH[2]) * t + ATANH[3]) * t + ATANH[4]
-        tail = (((tail * t + ATANH[5]) * t + ATANH[6]) * t + ATANH[7]) * t
-        row_B[b] = (row_B[b] if row_B[b] < ZERO else ZERO) - (s + s) * (ONE + tail)
+        row_B[b] = log_sigmoid_of(row_B[b])
 
 
 @jit_ieee
@@ -149,13 +166,13 @@ def _softmax(row_B: Float32, scale: np.float32, shift: np.float32, as_log: bool)
     if as_log:
         for b in range(len(row_B)):
             row_B[b] -= top
-            total += float(_exp(row_B[b]))
+            total += float(exp_of(row_B[b]))
         log_total = np.float32(math.log(total))
         for b in range(len(row_B)):
             row_B[b] -= log_total
         return
     for b in range(len(row_B)):
-        row_B[b] = _exp(row_B[b] - top)
+        row_B[b] = exp_of(row_B[b] - top)
     for b in range(len(row_B)):
         total += row_B[b]
     factor = np.float32(scale / total)

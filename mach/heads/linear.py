@@ -89,16 +89,26 @@ class LinearHead:
             torch.baddbmm(bias, hidden_RND, weight.transpose(1, 2), out=out.transpose(0, 1)[..., chunk])
         return out
 
+    def some_logits(self, hidden_RND: Tensor, outputs: slice | Tensor, room: Tensor) -> Tensor:
+        """Give some of the outputs, a run or a list of C of them: (R, N, C), contiguous, at the beginning of a flat room."""
+        weight, bias = self.weight[:, outputs], self.bias[:, outputs].unsqueeze(1)
+        (R, N, _), C = hidden_RND.shape, weight.shape[1]
+        if weight.dtype != hidden_RND.dtype:
+            weight = widen(weight, torch.empty_like(weight, dtype=hidden_RND.dtype))
+        return torch.baddbmm(bias, hidden_RND, weight.transpose(1, 2), out=room[: R * N * C].view(R, N, C))
+
     def step(
         self, hidden_RND: Tensor, positives: Positives, *, loss: Loss, update: Update, want_loss: bool,
         join_log_total: Callable[[Tensor], Tensor] | None = None, tell_gradient: Callable[[Tensor], None] | None = None,
+        lap: Callable[[str], None] = lambda part: None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Update the head on one batch and give the gradient of the mean loss with respect to the hidden vectors.
 
         `update(name, buckets, gradient, copy)` is called once a chunk for "head.weight" and "head.bias", after the chunk's old
         weights have served; `copy` (R, B, D) is that of wide weights in the type of the products, where that is another,
         or None. What it does, `mach.heads.rules.rule_of(update)` may tell. Losses are summed over outputs and averaged over
-        samples.
+        samples. `lap("head forward")` is called when a chunk's outputs have become their gradients; what follows, but for the
+        updates, is the way back.
 
         A head that is a shard of a larger one turns the log-sum-exp (R, N) of its own outputs into that of all by
         `join_log_total`, for the softmax. `tell_gradient` gets the gradient to be returned, complete, before the weights of the
@@ -128,6 +138,7 @@ class LinearHead:
             z = self._outputs(hidden_RND, weight, chunk, f"outputs {max(0, n_late - len(chunks) + i)}")
             value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
             total += 0 if value is None else value
+            lap("head forward")
             grad_hidden += torch.bmm(z, weight)
             if i < len(chunks) - n_late:
                 learn(chunk, z)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mach.draw import bar, spark
 from mach.inspect.history import History, Line
@@ -22,13 +22,18 @@ def show(history: History) -> Iterator[str]:
     for key, title, scale, digits, log in (("loss", "loss", 1, 3, True), ("P@1", "P@1, %", 100, 2, False)):
         values = [scale * value for _, value in history.series(key)]
         if values:
-            yield f"  {title:10} {values[0]:7.{digits}f} {spark(values, 50, log=log)} {values[-1]:.{digits}f}"
-    total = sum(history.parts_s.values())
-    for part, seconds in history.parts_s.items():
-        share = seconds / total if total else 0.0
-        yield f"  {part:10} {100 * share:5.1f} % {bar(share, 30)} {seconds:,.1f} s"
+            yield f"  {title:13} {values[0]:7.{digits}f} {spark(values, 50, log=log)} {values[-1]:.{digits}f}"
+    yield from show_parts(history.parts_s)
     for line in history.events:
         yield f"  {_event_text(line)}"
+
+
+def show_parts(parts_s: Mapping[str, float]) -> Iterator[str]:
+    """Give a line for each part of training: its share of the time, and its seconds; the longest first."""
+    total = sum(parts_s.values())
+    for part, seconds in sorted(parts_s.items(), key=lambda item: -item[1]):
+        share = seconds / total if total else 0.0
+        yield f"  {part:13} {100 * share:5.1f} % {bar(share, 30)} {seconds:,.1f} s"
 
 
 def size_text(n_bytes: float) -> str:

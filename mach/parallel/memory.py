@@ -38,6 +38,8 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     one = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config
     )  # fmt: skip
+    table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
+    stays = one.training_bytes - one.table_bytes + table
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
     storage = STORAGE.get(config.head_precision, torch.float32)
     copy = 2 * B * width if products == torch.bfloat16 and storage == torch.float32 else 0
@@ -49,7 +51,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     drawn = 8 * min(DRAWN, B * width) if storage in NARROW else 0  # in float32, to be rounded
     by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
     return (
-        PROCESS_BYTES + n * (one.training_bytes + copy + slots) + one.weight_bytes + hidden + max(chunk + by_torch, drawn)
+        PROCESS_BYTES + n * (stays + copy + slots) + one.weight_bytes + hidden + max(chunk + by_torch, drawn)
         + inputs.GRADIENT_BYTES[device.type]
     )  # fmt: skip
 

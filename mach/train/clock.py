@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._earlier: dict[str, float] = {}  # of all readings, and of what came before a stop
         self._last = time.perf_counter()
 
     def start(self) -> None:
@@ -33,8 +35,17 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Give the seconds of each part since the last reading, and begin to count anew."""
-        seconds, self._seconds = self._seconds, {}
+        self._earlier, seconds, self._seconds = self.spent(), self._seconds, {}
         return seconds
+
+    def spent(self) -> dict[str, float]:
+        """Give the seconds of each part since the beginning, whatever was read between."""
+        parts = {**self._earlier, **self._seconds}
+        return {part: self._earlier.get(part, 0.0) + self._seconds.get(part, 0.0) for part in parts}
+
+    def go_on_from(self, spent: Mapping[str, float]) -> None:
+        """Count what was spent before this clock began as `spent`."""
+        self._earlier = dict(spent)
 
 
 class DeviceClock(Clock):
@@ -67,6 +78,11 @@ class DeviceClock(Clock):
         """Give the seconds of each part since the last reading, as far as the device has come, and begin to count anew."""
         self._pass()
         return super().read()
+
+    def spent(self) -> dict[str, float]:
+        """Give the seconds of each part since the beginning, as far as the device has come."""
+        self._pass()
+        return super().spent()
 
     def _event(self) -> Any:
         event = self._spare.pop() if self._spare else cuda.Event(enable_timing=True)

@@ -154,6 +154,7 @@ def facts_of(group: Group, r: int, seconds: float) -> dict[str, Any]:
     """Give what the record of the r-th packed repetition says of its training."""
     return {
         "steps": group.step,
+        "parts_s": {part: round(s / len(group.repetitions), 3) for part, s in group.clock.spent().items()},  # its share, too
         "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
         "peak_bytes": peak_bytes(group.device),
         "group": list(group.repetitions),
@@ -178,6 +179,7 @@ def progress_of(run: Run, group: Group, seconds: float) -> dict[str, Any]:
         "n_steps": group.n_steps,
         "seconds": seconds,
         "standings": [dataclasses.asdict(s) for s in group.standings],
+        "parts_s": group.clock.spent(),
     }
 
 
@@ -191,4 +193,5 @@ def go_on(group: Group, progress: Mapping[str, Any]) -> float:
     """Set a group, whose tensors are read, to where `progress_of` says; give the seconds already spent."""
     group.step = group.optimizer.step = int(progress["step"])
     group.standings = [Standing(**standing) for standing in progress["standings"]]
+    group.clock.go_on_from(progress.get("parts_s", {}))  # a checkpoint of an earlier version tells none
     return float(progress["seconds"])

@@ -265,20 +265,24 @@ class Group:
         """Measure P@k of the group decoded together, and note each repetition's own standing."""
         assert self.held_out is not None
         features, labels = self.held_out
-        logits, right = [], np.zeros(len(self.repetitions))
+        found, right = [], np.zeros(len(self.repetitions))
+        k = min(max(VALIDATION_KS), self.sizes.n_labels)
         for start in range(0, len(labels), self.config.batch_size):
             rows = np.arange(start, min(start + self.config.batch_size, len(labels)))
-            outputs = self.packed.logits(self._batch(take(features, rows))).float().cpu().numpy()
-            truth = take_rows(labels, rows)
+            batch, truth = self._batch(take(features, rows)), take_rows(labels, rows)
+            if self.table.is_identity:
+                found.append(self.packed.full_topk(batch, k, estimator=DEFAULT_ESTIMATOR).labels)
+                right[0] += precision_at_k(found[-1][:, :1], truth, 1) * len(rows)
+                continue
+            outputs = self.packed.logits(batch).float().cpu().numpy()
             for r in range(len(self.repetitions)):
                 indptr, buckets = self.table.positives(truth.indptr, truth.indices, r)
-                best = CSR(indptr, buckets.astype(np.int32), None, self.sizes.n_buckets)
-                right[r] += precision_at_k(outputs[:, r].argmax(1)[:, None].astype(np.int64), best, 1) * len(rows)
-            k = min(max(VALIDATION_KS), self.sizes.n_labels)
-            logits.append(decode_topk(outputs, self.table, k, loss=self.config.loss, estimator=DEFAULT_ESTIMATOR).labels)
+                true = CSR(indptr, buckets.astype(np.int32), None, self.sizes.n_buckets)
+                right[r] += precision_at_k(outputs[:, r].argmax(1)[:, None].astype(np.int64), true, 1) * len(rows)
+            found.append(decode_topk(outputs, self.table, k, loss=self.config.loss, estimator=DEFAULT_ESTIMATOR).labels)
         self._judge(right / len(labels), on_better)
-        found = np.concatenate(logits)
-        return {f"P@{k}": precision_at_k(found, labels, k) for k in VALIDATION_KS if k <= found.shape[1]}
+        best_Nk = np.concatenate(found)
+        return {f"P@{k}": precision_at_k(best_Nk, labels, k) for k in VALIDATION_KS if k <= best_Nk.shape[1]}
 
     def _judge(self, right_R: np.ndarray, on_better: Callable[[int], None]) -> None:
         """Update every repetition's standing from its share of right best buckets."""

@@ -103,12 +103,12 @@ class ShardedGroup(Group):
         sent: list[Pending] = []
 
         def update(name: str, part: slice, gradient: Tensor, copy: Tensor | None) -> None:
-            lap("head")
+            lap("head backward")
             self.optimizer.update(name, part, gradient, copy)
             lap("update")
 
         def send(grad_RND: Tensor) -> None:
-            lap("head")
+            lap("head backward")
             sent.append(self.comm.reduce_scatter(grad_RND.transpose(0, 1), lengths))
             lap("communication")
 
@@ -119,9 +119,9 @@ class ShardedGroup(Group):
             hidden = self._gather(narrow.transpose(0, 1), lengths).transpose(0, 1)
             _, loss = packed.step_head(
                 hidden.contiguous(), ready.positives, lambda: self.optimizer.begin_head(update), want_loss=want_loss,
-                join_log_total=self._join_log_total, tell_gradient=send,
+                join_log_total=self._join_log_total, tell_gradient=send, lap=lap,
             )  # fmt: skip
-            lap("head")
+            lap("head backward")
             grad = sent[0].wait().transpose(0, 1).contiguous()
             lap("communication")
             dense: list[tuple[str, slice, Tensor]] = []
@@ -153,7 +153,7 @@ class ShardedGroup(Group):
 
         One gathering of N numbers a rank; a maximum and a sum over all would be two journeys.
         """
-        self.clock.lap("head")
+        self.clock.lap("head forward")
         each = self._gather(log_total_RN.unsqueeze(0), [1] * self.comm.size)
         return torch.logsumexp(each, 0)
 

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 from mach.compare import run as compare_run
 from mach.compare.evaluate import evaluator_for
@@ -21,6 +22,7 @@ from mach.data import write_dataset
 from mach.errors import ConfigError, DataError, ModelError
 from mach.metrics import precision_at_k
 from mach.parallel import train
+from mach.parallel.memory import group_bytes
 from mach.store import Run
 
 SMALL = Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=50)
@@ -106,6 +108,8 @@ def test_it_trains_measures_and_reports(tiny, tmp_path, here):
         assert row.bytes == sum(run.weights_path(r).stat().st_size for r in run.finished()) > 4 * row.parameters
         assert row.train_s == sum(record["train_s"] for record in records) > 0
         assert row.peak_bytes == max(record["peak_bytes"] for record in records) > 1e7
+        assert row.predicted_bytes == group_bytes(run.config, run.sizes, n_repetitions, device=torch.device("cpu"))
+        assert row.parts_s["head forward"] > 0 and 0 < sum(row.time_by_part.values()) <= row.train_s + 0.01
         assert row.predict_s >= row.decode_s > 0 and row.n_test == 60
         assert (row.config["table"], row.config["buckets"]) == (run.config.table, n_buckets)
         assert row.config["repetitions"] == n_repetitions

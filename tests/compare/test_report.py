@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mach.compare import charts
-from mach.compare.report import Facts, Row, render_html, render_table, this_machine, write_report
+from mach.compare.report import Facts, Row, render_html, render_parts, render_table, this_machine, write_report
 from mach.compare.rows import percent, plain, scaled, three
 from mach.errors import ConfigError
 
 FACTS = Facts(name="tate", n_train=36_796, n_test=9_202, n_features=11_579, n_labels=14_787, labels_a_point=15.65)
 MACHINE = {"CPU": "Some <CPU> 3000, 2 cores", "python": "3.11.7"}
 
+PARTS_S = {"data": 1.0, "forward": 2.0, "backward": 3.0, "rows": 5.0, "head forward": 8.0, "head backward": 16.0, "update": 15.0}
 
-def row(name, p1, *, table="hashed", parameters=2_000_000, train_s=50.0, by_repetitions=(), **config):
+
+def row(name, p1, *, table="hashed", parameters=2_000_000, train_s=50.0, by_repetitions=(), parts_s=None, **config):
     return Row(
         name=name,
         config={"table": table, "hidden": 512, **config},
@@ -32,6 +34,8 @@ def row(name, p1, *, table="hashed", parameters=2_000_000, train_s=50.0, by_repe
         decode_s=1.0,
         n_test=8_000,
         peak_bytes=812_000_000,
+        predicted_bytes=900_000_000,
+        parts_s=PARTS_S if parts_s is None else parts_s,
         by_repetitions=by_repetitions,
     )
 
@@ -92,9 +96,9 @@ class Page(HTMLParser):
 
 def test_the_table_holds_the_numbers():
     text = terminal(three_rows())
-    assert text.splitlines()[0].split() == "configuration P@1 P@3 train parameters on disk a query peak memory".split()
-    assert text.splitlines()[1].split() == "eight 94.12 89.12 50.0 s 2.00 M 0.25x 8.00 MB 0.50 ms 812 MB".split()
-    assert text.splitlines()[3].split() == "the full head 92.84 87.84 205 s 8.00 M 32.0 MB 0.50 ms 812 MB".split()
+    assert text.splitlines()[0].split() == "configuration P@1 P@3 train parameters on disk a query peak memory predicted".split()
+    assert text.splitlines()[1].split() == "eight 94.12 89.12 50.0 s 2.00 M 0.25x 8.00 MB 0.50 ms 812 MB 900 MB".split()
+    assert text.splitlines()[3].split() == "the full head 92.84 87.84 205 s 8.00 M 32.0 MB 0.50 ms 812 MB 900 MB".split()
 
 
 def test_the_best_is_bold_and_a_tie_of_all_is_not():
@@ -118,6 +122,28 @@ def test_a_metric_that_is_missing_is_a_hyphen():
     long = Row(**{f: getattr(short, f) for f in Row.__dataclass_fields__} | {"name": "long", "metrics": {"P@1": 0.4, "P@5": 0.2}})
     assert terminal([short, long]).splitlines()[1].split()[1:4] == ["50.00", "45.00", "-"]
     Page(render_html([short, long], FACTS, MACHINE))
+
+
+def test_where_the_time_went_is_a_table_of_shares():
+    rows = [row("one", 0.5), row("[red]two", 0.5, parts_s={"communication": 3.0, "update": 1.0}), row("old", 0.5, parts_s={})]
+    console = Console(width=140, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render_parts(rows))
+    lines = [" ".join(line.split()) for line in capture.get().splitlines()]
+    assert lines == [
+        "training, % of the time encoder head forward head backward update communication rest",
+        "one 20.0 16.0 32.0 30.0 0.0 2.0",
+        "[red]two 0.0 0.0 0.0 25.0 75.0 0.0",
+        "old - - - - - -",
+    ]
+    assert render_parts(rows[2:]) is None
+    page = Page(render_html(rows, FACTS, MACHINE))
+    assert ("3.00 s", None) in page.cells and ("1.00 s", "best") in page.cells and ("-", None) in page.cells
+
+
+def test_a_prediction_that_was_not_made_is_a_hyphen():
+    fields = {f: getattr(row("one", 0.5), f) for f in Row.__dataclass_fields__}
+    assert terminal([Row(**fields | {"predicted_bytes": 0})]).splitlines()[1].split()[-1] == "-"
 
 
 # The page
@@ -174,10 +200,13 @@ def test_the_page_loads_nothing():
 
 def test_charts_have_alternative_texts_with_their_numbers():
     charts_of_page = Page(render_html(three_rows(), FACTS, MACHINE)).all("svg")
-    assert len(charts_of_page) == 3 and all(chart["role"] == "img" for chart in charts_of_page)
-    precision, cost, repetitions = (chart["aria-label"] for chart in charts_of_page)
+    assert len(charts_of_page) == 4 and all(chart["role"] == "img" for chart in charts_of_page)
+    precision, cost, parts, repetitions = (chart["aria-label"] for chart in charts_of_page)
     assert precision.startswith("P@1: eight 94.12 %, sixteen 93.75 %, the full head 92.84 %; P@3: eight 89.12 %")
     assert "Decoding alone, ms a query: eight 0.12 ms" in cost and "Training, s: eight 50.0 s" in cost
+    assert parts.startswith(
+        "eight: encoder 10.0 s, head forward 8.00 s, head backward 16.0 s, update 15.0 s, rest 1.00 s; sixteen: "
+    )
     assert repetitions.startswith("P@1 of eight by repetitions: 1: 92.12 %, 2: 93.12 %, 4: 93.62 %, 8: 93.87 %; P@1 of sixteen")
 
 
@@ -212,7 +241,9 @@ def test_a_full_head_is_grey_and_the_palette_comes_round():
 
 def test_one_configuration_will_do():
     html = render_html([row("one", 0.5, by_repetitions=[(1, {"P@1": 0.5})])], FACTS, MACHINE)
-    assert len(Page(html).all("svg")) == 2 and "1 configuration compared" in html  # no curve over repetitions
+    assert len(Page(html).all("svg")) == 3 and "1 configuration compared" in html  # no curve over repetitions
+    html = render_html([row("one", 0.5, parts_s={})], FACTS, MACHINE)
+    assert len(Page(html).all("svg")) == 2 and "Time by part" not in html  # trained by an earlier version
 
 
 def test_the_page_is_the_same_twice():

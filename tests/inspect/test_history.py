@@ -74,8 +74,8 @@ def test_text_of_a_history():
     events = [event("warning", 3, text="no room"), event("stopped", 3, by="SIGTERM"), event("resumed", 2)]
     first, loss, quality, *parts, warning, stopped, resumed = show(history_of("group-0-7", [*lines, *events, step(4)]))
     assert first == "group-0-7: 4 of 9 steps, 4.0 s, 25 samples/s, 400 B of memory at most"
-    assert loss == "  loss         4.000 ▁ 4.000" and quality == "  P@1, %       10.00 ▁ 10.00"
-    assert parts == [f"  step        75.0 % {22 * '█'}▌{7 * ' '} 1.5 s", f"  data        25.0 % {7 * '█'}▌{22 * ' '} 0.5 s"]
+    assert loss == "  loss            4.000 ▁ 4.000" and quality == "  P@1, %          10.00 ▁ 10.00"
+    assert parts == [f"  step           75.0 % {22 * '█'}▌{7 * ' '} 1.5 s", f"  data           25.0 % {7 * '█'}▌{22 * ' '} 0.5 s"]
     when = r"  2001-09-\d\d \d\d:\d\d:\d\d "
     assert re.fullmatch(when + "warning at step 3: no room", warning)
     assert re.fullmatch(when + "stopped by SIGTERM at step 3", stopped)
@@ -86,7 +86,7 @@ def test_text_of_logs_with_little_in_them():
     assert list(show(history_of("group-1-1", []))) == ["group-1-1: no step yet"]
     old = {"step": 3, "n_steps": 3, "samples_per_s": 5.0, "loss": 2.0}  # before time and memory were logged
     lines = list(show(history_of("group-1-1", [old, {"finished": [1], "seconds": 1.0}])))
-    assert lines == ["group-1-1: finished, 0.0 s, 5 samples/s, 0 B of memory at most", "  loss         2.000 ▁ 2.000"]
+    assert lines == ["group-1-1: finished, 0.0 s, 5 samples/s, 0 B of memory at most", "  loss            2.000 ▁ 2.000"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_figure_is_drawn(run, tmp_path, ending):
     if ending == "png":
         pixels = matplotlib.image.imread(tmp_path / "a.png")[:, :, :3]
         blue = (np.abs(pixels - [0x00 / 255, 0x72 / 255, 0xB2 / 255]).max(2) < 0.02).mean()
-        assert 0.01 < blue < 0.5  # the stacked time, and lines
+        assert 0.002 < blue < 0.5  # the stacked time, and lines
 
 
 def test_what_cannot_be_drawn_is_named(run, tmp_path):

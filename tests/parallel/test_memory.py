@@ -66,6 +66,11 @@ def test_the_settings_of_the_head_are_counted_by_hand():
     assert more == 10**6 * 4 + 10**6 // 4 * 8 * 2
 
 
+def test_the_identity_table_is_not_held():
+    hashed, full = (group_bytes(Config(table=table, buckets=500), SIZES, 1, device=CPU) for table in ("hashed", "identity"))
+    assert hashed - full == 500  # a byte an entry
+
+
 def test_hashed_features_count_as_rows():
     full, hashed = (group_bytes(Config(feature_buckets=n), SIZES, 8, device=CPU) for n in (0, 100))
     assert full - hashed == 8 * 900 * (512 * 4 + 4) + 900 * 512 * 4

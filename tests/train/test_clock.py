@@ -38,6 +38,18 @@ def test_a_part_has_what_passed_since_the_lap_before(now):
     assert watch.read() == {"head": 16.0}
 
 
+def test_what_was_spent_does_not_depend_on_readings(now):
+    watch = Clock()
+    watch.go_on_from({"head": 1.0, "data": 2.0})
+    for part, seconds, is_read in (("data", 4.0, True), ("rows", 8.0, False), ("data", 16.0, True), ("data", 32.0, False)):
+        now[0] += seconds
+        watch.lap(part)
+        if is_read:
+            watch.read()
+    assert watch.spent() == watch.spent() == {"head": 1.0, "data": 54.0, "rows": 8.0}
+    assert watch.read() == {"data": 32.0}
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1000)), max_size=50), st.integers(1, 9))
 def test_readings_add_up_to_all_that_passed(laps, every):
     with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +111,7 @@ def test_a_device_is_read_as_far_as_it_has_come(stream):
     stream.passed = 3  # the start and two laps
     assert watch.read() == {"data": 1.0, "head": 2.0}
     stream.catch_up()
+    assert watch.spent() == {"data": 5.0, "head": 2.0}
     assert watch.read() == {"data": 4.0} and watch.read() == {}
     stream.queued_s += 8
     watch.start()

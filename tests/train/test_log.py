@@ -19,7 +19,19 @@ from mach.train.loop import StepRecord
 CONFIG = Config(buckets=13, repetitions=2, hidden=9, batch_size=100, epochs=2)
 
 
-PARTS = {"data", "forward", "head", "update", "backward", "rows", "watch", "validation", "checkpoint", "log"}
+PARTS = {
+    "data",
+    "forward",
+    "head forward",
+    "head backward",
+    "update",
+    "backward",
+    "rows",
+    "watch",
+    "validation",
+    "checkpoint",
+    "log",
+}
 
 
 def group_at(step=0):

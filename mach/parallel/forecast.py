@@ -1,0 +1,112 @@
+"""What a step of training will take on this machine: the work of each part, counted, over rates measured in a second or two.
+
+Estimates: memory is `group_bytes`; times are of counted FLOPs, at the rate of one large product, and of counted bytes, at the
+rate of one long pass over memory. What starts and joins threads, caches that hold more or less, and the reading of the data are
+not in them.
+
+Symbols: N samples of a batch, R repetitions, F input features, B buckets, D hidden width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mach.config import Config
+from mach.model import Sizes, resolve_precision
+from mach.parallel.memory import group_bytes
+
+PRODUCT = 1024  # rows and columns of the product that is timed
+PASS_BYTES = 64 << 20  # of the memory that is passed over: more than caches hold
+LEAST_S = 0.3  # spent on each rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What a device does in a second."""
+
+    flops: float  # of products in the type of training, a multiplication and an addition each
+    bytes: float  # read and written
+
+
+def measure_rates(device: torch.device, products: torch.dtype) -> Rates:
+    """Time a large product and a pass over memory that reads and writes; under two seconds together."""
+    a, b, out = (torch.ones(PRODUCT, PRODUCT, dtype=products, device=device) for _ in range(3))
+    numbers = torch.ones(PASS_BYTES // 4, device=device)
+    product_s = _shortest(lambda: torch.mm(a, b, out=out), device)
+    pass_s = _shortest(lambda: numbers.mul_(1), device)
+    return Rates(flops=2 * PRODUCT**3 / product_s, bytes=2 * numbers.nbytes / pass_s)
+
+
+def _shortest(call: Callable[[], object], device: torch.device) -> float:
+    """Give the shortest of the runs that fit into `LEAST_S`, after one that is not counted."""
+    shortest, began = float("inf"), 0.0
+    while not began or time.perf_counter() - began < LEAST_S:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if began:
+            shortest = min(shortest, time.perf_counter() - start)
+        began = began or time.perf_counter()
+    return shortest
+
+
+def step_seconds(
+    config: Config, sizes: Sizes, n: int, rates: Rates, *, products: torch.dtype, active_features: int | None = None
+) -> dict[str, float]:
+    """Estimate the seconds of one step of n packed repetitions, by part.
+
+    A product takes what its arithmetic or its weights' way from memory takes, whichever is longer; what is done to each output or
+    weight besides is a pass over memory.
+
+    encoder:       N rows of each sample's features read; as many gradients added up, and rows that were touched read and written;
+                   of each layer three products of 2 N D D FLOPs.
+    head forward:  2 N B D FLOPs; outputs written, read, and written as their gradients.
+    head backward: 4 N B D FLOPs; gradients of the outputs read twice, those of the weights written.
+    update:        weights and both moments of AdamW read and written, gradients read, the copy for the products written.
+
+    Args: n, of R. active_features, how many a sample has on average; by default all F.
+    """
+    N, D, B = config.batch_size, config.hidden, sizes.n_buckets
+    F = config.feature_buckets or sizes.n_features
+    active = min(F, F if active_features is None else active_features)
+    width = torch.finfo(products).bits // 8
+    dense = D * D * config.layers  # weights of the layers, one repetition
+
+    def product(flops: float, n_bytes: float) -> float:
+        return max(flops / rates.flops, n_bytes / rates.bytes)
+
+    def update(n_weights: float, n_gradient: int, n_copy: int) -> float:
+        return n_weights * (6 * 4 + n_gradient + n_copy) / rates.bytes
+
+    touched = min(N * active, F)
+    rows = 2 * N * active * D * 4 + 2 * touched * D * 4
+    copy = width if width < 4 else 0
+    head = n * B * D
+    return {
+        "encoder": n * (rows / rates.bytes + product(6 * N * dense, 3 * width * dense)),
+        "head forward": product(2 * N * head, width * head) + 3 * width * n * N * B / rates.bytes,
+        "head backward": product(4 * N * head, 2 * width * head) + 2 * width * n * N * B / rates.bytes,
+        "update": update(head, width, copy) + update(n * dense, width, 0),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What training some repetitions together is expected to take."""
+
+    peak_bytes: int  # as `group_bytes` estimates it, the process included
+    parts_s: dict[str, float]  # of a step
+
+
+def forecast(config: Config, sizes: Sizes, *, rates: Rates, device: torch.device, active_features: int | None = None) -> Forecast:
+    """Forecast the training of all repetitions at once on a device of such rates."""
+    n, products = config.n_repetitions(), resolve_precision(config.precision, device)
+    return Forecast(
+        peak_bytes=group_bytes(config, sizes, n, device=device),
+        parts_s=step_seconds(config, sizes, n, rates, products=products, active_features=active_features),
+    )
