@@ -1,7 +1,7 @@
 """How much quicker is the certified search than the scan, and where does it stop to pay? Prints the tables of RESULTS.md.
 
 python experiments/exact/run.py compare   K = 670,091, R = 32, B = 10,000: search, scan, plain gather, reading the scores
-python experiments/exact/run.py trained RUN DATA [--labels 670091]   the same on a trained model's scores of DATA's test split
+python experiments/exact/run.py trained RUN DATA [--labels 670091] [--only-search]   on a trained model's scores of test samples
 python experiments/exact/run.py large     K = 50,000,000, B = 20,000: time and memory of a query
 python experiments/exact/run.py grow      cost against K, R, B, k and flatness, drawn into exact.svg
 python experiments/exact/run.py fit       the constants of mach/decoding/exact.py
@@ -28,6 +28,7 @@ from mach.data import Dataset, take
 from mach.decoding.coarse import coarse_topk
 from mach.decoding.estimators import bucket_scores
 from mach.decoding.exact import COSTS, exact_topk, first_depth
+from mach.decoding.pruned import Costs
 from mach.decoding.scan import AGGREGATES, SUM, scan_topk
 from mach.hashing.table import LabelTable
 from mach.store.folder import Run
@@ -86,7 +87,7 @@ def compare() -> None:
     compare_on(table, lambda estimator: scores_of(table, 64, estimator), (1, 5, 20, 100, 1000))
 
 
-def trained(run: str, data: str, n_labels: int) -> None:
+def trained(run: str, data: str, n_labels: int, only_search: bool) -> None:
     """Do the same on a trained model's scores of the first 64 test samples, in its own table or one of so many made-up labels.
 
     A made-up table has the R and B of the model, and none of the labels it was trained on: the scores of the buckets are a
@@ -100,10 +101,10 @@ def trained(run: str, data: str, n_labels: int) -> None:
     def scores(estimator: Estimator) -> np.ndarray:
         return bucket_scores(logits_NRB.copy(), loss=model.config.loss, estimator=estimator)
 
-    compare_on(table, scores, (5, 100))
+    compare_on(table, scores, (5, 100), ONLY_SEARCH if only_search else COSTS)
 
 
-def compare_on(table: LabelTable, scores: Callable[[Estimator], np.ndarray], ks: tuple[int, ...]) -> None:
+def compare_on(table: LabelTable, scores: Callable[[Estimator], np.ndarray], ks: tuple[int, ...], costs: Costs = COSTS) -> None:
     """Check that search, scan and, for sums, the scan in bytes agree to the bit; time them and print a line each."""
     table_int64_RK = table.array().astype(np.int64)
     columns = (
@@ -116,7 +117,8 @@ def compare_on(table: LabelTable, scores: Callable[[Estimator], np.ndarray], ks:
         n_samples, is_sum = len(scores_NRB), AGGREGATES[estimator] == SUM
         for k in ks:
             how = {"estimator": estimator, "n_threads": 1}
-            found, proof = exact_topk(scores_NRB, table, k, **how)
+            search = partial(exact_topk, scores_NRB, table, k, **how, costs=costs)
+            found, proof = search()
             scans = [scan_topk(scores_NRB, table.array(), k, **how)]
             scans += [coarse_topk(scores_NRB, table.array(), k, n_threads=1)] if is_sum else []
             for other in scans:
@@ -124,7 +126,7 @@ def compare_on(table: LabelTable, scores: Callable[[Estimator], np.ndarray], ks:
                 assert np.array_equal(found.scores, other.scores)
             search_s, read_s, scan_s, one_s, *rest = quickest(
                 [
-                    partial(exact_topk, scores_NRB, table, k, **how),
+                    search,
                     scores_NRB.max,
                     partial(scan_topk, scores_NRB, table.array(), k, **how),
                     partial(scan_topk, scores_NRB[:1], table.array(), k, **how),
@@ -258,6 +260,7 @@ if __name__ == "__main__":
     of_model.add_argument("run", help="a run folder")
     of_model.add_argument("data", help="a data set with a test split")
     of_model.add_argument("--labels", type=int, default=0, metavar="K", help="K made-up labels instead of the model's")
-    of_model.set_defaults(call=lambda a: trained(a.run, a.data, a.labels))
+    of_model.add_argument("--only-search", action="store_true", help="scan only what the search gives up for want of memory")
+    of_model.set_defaults(call=lambda a: trained(a.run, a.data, a.labels, a.only_search))
     arguments = parser.parse_args()
     arguments.call(arguments)

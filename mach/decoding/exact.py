@@ -107,7 +107,7 @@ def exact_topk(
 
 def first_depth(k: int, n_buckets: int) -> int:
     """Give how many buckets of each repetition to look at first: the k best labels are most often among so many."""
-    return max(1, min(8 + 3 * k // 2, FIRST_DEPTH, n_buckets // 16))
+    return max(1, min(max(8, 2 * k) if k < FEW else 8 + 3 * k // 2, FIRST_DEPTH, n_buckets // 16))
 
 
 def _scan_ns(
