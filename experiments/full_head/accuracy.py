@@ -1,7 +1,7 @@
 """What do rules, storage and a bottleneck cost the full head in accuracy? Each beside a dense float32 head trained by autograd.
 
     python experiments/full_head/accuracy.py --out runs/full_head DATA [DATA ...] [--seeds 0 1 2] [--set hidden=256 epochs=4]
-                                             [--rates] [--quick]
+                                             [--only ROW ...] [--rates] [--quick]
 
 DATA are data sets, or folders of text that `mach prepare` reads. All rows share the encoder, its initial weights, the order of
 the batches and the settings; the baseline's head is a matrix of torch.optim.AdamW over dense logits and targets. --rates trains
@@ -45,7 +45,7 @@ ROWS: dict[str, dict[str, object]] = {
     **{f"{kind}, bfloat16": {"head_optimizer": kind, **HALF} for kind in RULES},
     **{f"{kind}, float8": {"head_optimizer": kind, **EIGHTH} for kind in RULES},
     "adamw, bfloat16, bottleneck 64": {**HALF, "bottleneck": 64},
-    "sgd, bfloat16, bottleneck 64": {"head_optimizer": "sgd", **HALF, "bottleneck": 64},
+    "rowwise-adam, bfloat16, bottleneck 64": {"head_optimizer": "rowwise-adam", **HALF, "bottleneck": 64},
 }
 RATES = {"sgd": (1, 3, 10, 30), "rowwise-adagrad": (0.01, 0.03, 0.05, 0.1), "rowwise-adam": (0.001, 0.003, 0.01, 0.03)}
 
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", type=plain, default=[], metavar="NAME=VALUE", help="settings of all rows")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help=f"some of the rows: {'; '.join(ROWS)}")
     parser.add_argument("--rates", action="store_true", help="try step sizes on held-out training samples")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch of a narrow model: does it run?")
     parser.add_argument("--threads", type=int, default=1)
@@ -156,7 +157,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     base = mach.Config(table="identity").replace(**dict(args.set))
-    rows, seeds = ROWS, args.seeds
+    rows, seeds = {name: settings for name, settings in ROWS.items() if not args.only or name in args.only}, args.seeds
     if args.quick:
         base, seeds = base.replace(hidden=32, epochs=1), seeds[:1]
     if args.rates:

@@ -123,8 +123,10 @@ def test_noise_is_the_hash_of_its_place(seed, step, repetition, first, n_rows, w
 def test_torch_and_kernels_give_the_same_bits(seed, first, any_bits, dtype):
     rng = np.random.default_rng(seed)
     scales = 10.0 ** rng.integers(-9, 3, (2, 3, 1))
+    edges = [3.4028235e38, -3.4028235e38, 3.39e38, np.inf, -np.inf, np.nan, 0.0, -0.0, 14.0, -14.2, 1e-45]
     x = rng.integers(0, M, (2, 3, 37)).astype(np.uint32).view(np.float32) if any_bits else rng.normal(size=(2, 3, 37)) * scales
     x, keys = np.ascontiguousarray(x, np.float32), [key_of(seed, 5, r) for r in (0, 9)]
+    x[1, 2, : len(edges)] = edges
     by_torch, here = narrow_randomly(torch.from_numpy(x), dtype, keys, first), by_kernel(x, dtype, keys, first)
     np.testing.assert_array_equal(bits(by_torch), here)
     rows, wide = np.empty_like(x), widen(by_torch, torch.empty(x.shape))

@@ -96,14 +96,14 @@ def test_what_is_stored_in_less_is_the_float32_update_rounded(kind, precision, b
     wide, states = widen(stored, torch.empty(R, B, D)), [state_of(kind, x) for x in (stored, start_of(torch.float32))]
     assert all(x.dtype == torch.float32 for state in states for x in state.values())
     g = torch.from_numpy(gradients(1)[0]).float()
-    how = rule(kind, first=2**33)
+    how = rule(kind, first=2**33 + 5)
     apply_(how, wide, slice(None), g, list(states[1].values()))
     if by_torch:
         monkeypatch.setattr(rules, "_apply_here", rules._apply_in_blocks)
         monkeypatch.setattr(rules, "BLOCK", R * D * 3)
     for part in chunks(4):
         apply_(how, stored, part, g[:, part], [x for x in states[0].values()])
-    truth = narrow_randomly(wide, stored.dtype, how.keys, first=2**33)
+    truth = narrow_randomly(wide, stored.dtype, how.keys, first=2**33 + 5)
     found, truth = stored.view(torch.uint8), truth.view(torch.uint8)
     if kind == "sgd" and not by_torch:
         assert torch.equal(found, truth)
