@@ -62,6 +62,10 @@ class Config:
 
     precision: Precision = _setting(AUTO, "of matrix products while training; auto: bfloat16 where the device multiplies it fast")
 
+    input_precision: Precision = _setting(
+        AUTO, "in which rows of the input layer are kept; below float32: rounded stochastically; auto: that of the products"
+    )
+
     validation: float = _setting(0.0, "share of the training samples held out when the data set has no dev split", 0, 0.9)
     patience: int = _setting(0, "stop a repetition after so many epochs without a better validation P@1; 0: never", 0)
 
