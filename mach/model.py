@@ -346,7 +346,7 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
 
 
 def resolve_rows(config: Config, features: Features, products: torch.dtype) -> torch.dtype:
-    """Give the type in which the rows of the input layer are kept, where products run in `products`; dense features have no rows."""
+    """Give the type in which the input layer's rows are kept, where products run in `products`; dense features have no rows."""
     if features == "dense" or products == torch.float64:
         return torch.float64 if products == torch.float64 else torch.float32
     if config.input_precision == "auto":
