@@ -63,6 +63,10 @@ class Config:
 
     precision: Precision = _setting(AUTO, "of matrix products while training; auto: bfloat16 where the device multiplies it fast")
 
+    input_precision: Precision = _setting(
+        AUTO, "in which rows of the input layer are kept; below float32: rounded stochastically; auto: that of the products"
+    )
+
     head_precision: HeadPrecision = _setting("float32", "type in which the head's weights are kept, rounded stochastically to it")
     compensated: float = _setting(
         0.0, "share of the outputs, the most frequent, whose bfloat16 weights keep what rounding loses instead", 0, 1

@@ -74,13 +74,18 @@ def feature_buckets(config: Config, sizes: Sizes, repetitions: Sequence[int]) ->
 
 
 def initial_parameters(
-    config: Config, sizes: Sizes, generator: torch.Generator, dtype: torch.dtype, outputs: range | None = None
+    config: Config,
+    sizes: Sizes,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    rows: torch.dtype | None = None,
+    outputs: range | None = None,
 ) -> dict[str, Tensor]:
     """Draw one repetition's weights, in a fixed order, from its own generator: normal, scaled by the fan-in.
 
     With `outputs`, a run of the B buckets, only those of the head are given: the same as without, in memory of their own size.
 
-    The head's weight is rounded to what it is stored in. Biases are zero but the head's, which start where an output that is
+    The input weight is rounded to the type `rows`, if given, the head's to what it is stored in. Biases are zero but the head's, which start where an output that is
     positive as seldom as buckets are on average belongs: otherwise most of the training goes into learning that almost every
     bucket is negative.
     """
@@ -89,7 +94,7 @@ def initial_parameters(
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).to(dtype)
 
-    parameters = {INPUT: normal(F, D, scale=INPUT_SCALE), "input.bias": torch.zeros(D, dtype=dtype)}
+    parameters = {INPUT: normal(F, D, scale=INPUT_SCALE).to(rows or dtype), "input.bias": torch.zeros(D, dtype=dtype)}
     for i in range(config.layers):
         parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
         parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
@@ -448,3 +453,12 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
         asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         has = any(getattr(torch.cpu, question, bool)() for question in asked)  # bool() is False: an older torch cannot tell
     return torch.bfloat16 if has else torch.float32
+
+
+def resolve_rows(config: Config, features: Features, products: torch.dtype) -> torch.dtype:
+    """Give the type in which the input layer's rows are kept, where products run in `products`; dense features have no rows."""
+    if features == "dense" or products == torch.float64:
+        return torch.float64 if products == torch.float64 else torch.float32
+    if config.input_precision == "auto":
+        return products
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.input_precision]

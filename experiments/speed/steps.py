@@ -24,20 +24,27 @@ from mach.compare.rows import this_machine
 from mach.config import Config
 from mach.data import take, take_rows
 from mach.hashing import LabelTable
+from mach.kernels import array_of, in_threads, jit_sums
 from mach.store.folder import sizes_of, table_of
 from mach.train.loop import Group
 
 R, WARM_UP, ROUNDS = 8, 8, 3
+WAYS = {  # products in, input rows in
+    "float32, float32": {"precision": "float32"},
+    "float32, bfloat16": {"precision": "float32", "input_precision": "bfloat16"},
+    "bfloat16, float32": {"precision": "bfloat16", "input_precision": "float32"},
+    "bfloat16, bfloat16": {"precision": "bfloat16"},
+}
 CPU = torch.device("cpu")
 CONFIG = Config(buckets=1024, repetitions=R)
 
 
 def packed_s(
-    data: str, repetitions: tuple[int, ...], precision: str, n_threads: int, n_steps: int
+    data: str, repetitions: tuple[int, ...], settings: dict[str, str], n_threads: int, n_steps: int
 ) -> tuple[float, dict[str, float]]:
     """Train packed repetitions; give the seconds of a step, all and by part."""
     torch.set_num_threads(n_threads)
-    dataset, config = mach.Dataset.open(data), CONFIG.replace(precision=precision)
+    dataset, config = mach.Dataset.open(data), CONFIG.replace(**settings)
     sizes = sizes_of(config, dataset)
     group = Group(config, dataset, sizes, table_of(config, sizes, repetitions, dataset.label_names), CPU)
     steps = group.steps(lambda r: None)
@@ -100,6 +107,43 @@ def products_s(dtype: torch.dtype, n_threads: int) -> float:
     return best
 
 
+def rows_s(data: str, dtype: torch.dtype, n_threads: int) -> float:
+    """Time the least that a step's input rows ask of memory: each touched row read once, then read and written once; seconds."""
+    torch.set_num_threads(n_threads)
+    split = mach.Dataset.open(data).split("train")
+    rng, best = np.random.default_rng(0), float("inf")
+    weight = array_of(torch.zeros(split.features.n_columns, R * CONFIG.hidden, dtype=dtype))
+    for _ in range(10):
+        features = np.unique(take(split.features, np.sort(rng.choice(split.n_samples, CONFIG.batch_size, False))).indices)
+        parts = np.array_split(features, 8 * n_threads)
+        sums = np.zeros(len(parts), weight.dtype)
+        began = time.perf_counter()
+        in_threads(read_rows, [(weight, part, sums[i : i + 1]) for i, part in enumerate(parts)], n_threads)
+        in_threads(touch_rows, [(weight, part, sums[0]) for part in parts], n_threads)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@jit_sums
+def read_rows(weight_FX: np.ndarray, features: np.ndarray, out: np.ndarray) -> None:
+    """Read each row once."""
+    total = weight_FX[0, 0] * 0
+    for f in features:
+        row = weight_FX[f]
+        for x in range(len(row)):
+            total += row[x]
+    out[0] = total
+
+
+@jit_sums
+def touch_rows(weight_FX: np.ndarray, features: np.ndarray, zero: float) -> None:
+    """Read and write each row once."""
+    for f in features:
+        row = weight_FX[f]
+        for x in range(len(row)):
+            row[x] += zero
+
+
 def in_fresh_processes(n: int, function: Any, *args: Any) -> list[Any]:
     """Call a function in n processes at once, each new."""
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -120,27 +164,31 @@ def measure(data: str, n_steps: int) -> None:
     for _ in range(ROUNDS):
         (plain,) = in_fresh_processes(1, plain_s, data, n_threads, n_steps)
         note("plain torch loop, a repetition after the other", CONFIG.batch_size / plain)
-        alone = in_fresh_processes(n_threads, packed_s, data, (0,), "auto", 1, n_steps)
+        alone = in_fresh_processes(n_threads, packed_s, data, (0,), {}, 1, n_steps)
         note(f"a process a repetition, {n_threads} at a time", sum(CONFIG.batch_size / seconds for seconds, _ in alone))
         share = tuple(range(R // n_threads))
-        apart = in_fresh_processes(n_threads, packed_s, data, share, "auto", 1, n_steps)
+        apart = in_fresh_processes(n_threads, packed_s, data, share, {}, 1, n_steps)
         rates = [len(share) * CONFIG.batch_size / seconds for seconds, _ in apart]
         note(f"{n_threads} processes of {len(share)} packed repetitions", sum(rates))
-        for precision in ("float32", "bfloat16"):
-            ((seconds, by_part),) = in_fresh_processes(1, packed_s, data, tuple(range(R)), precision, n_threads, n_steps)
-            if note(f"packed, {precision}", R * CONFIG.batch_size / seconds):
-                parts[precision] = by_part
+        for way, settings in WAYS.items():
+            ((seconds, by_part),) = in_fresh_processes(1, packed_s, data, tuple(range(R)), settings, n_threads, n_steps)
+            if note(f"packed; products, rows in {way}", R * CONFIG.batch_size / seconds):
+                parts[way] = by_part
     first = next(iter(best.values()))
     print(f"\n## {name}\n\n| way | samples x repetitions / s | against the plain loop |\n|---|---|---|")
     for way, rate in best.items():
         print(f"| {way} | {rate:,.0f} | {rate / first:.1f} |")
-    print("\n| products in | step, ms | bare products, ms | their share of the step | ms by part |\n|---|---|---|---|---|")
-    for precision, by_part in parts.items():
-        bare, seconds = products_s(getattr(torch, precision), n_threads), R * CONFIG.batch_size / best[f"packed, {precision}"]
+    print(
+        "\n| products, rows in | step, ms | bare products, ms | their share of the step | rows read, read and written once, ms "
+        "| ms by part |\n|---|---|---|---|---|---|"
+    )
+    for way, by_part in parts.items():
+        products, rows = (getattr(torch, name) for name in way.split(", "))
+        bare, seconds = products_s(products, n_threads), R * CONFIG.batch_size / best[f"packed; products, rows in {way}"]
         rate = f"{3 * 2 * R * CONFIG.batch_size * 1024 * CONFIG.hidden / bare / 1e9:.0f} GFLOP/s"
         listed = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in sorted(by_part.items(), key=lambda item: -item[1]) if s > 1e-4)
-        cells = precision, f"{1e3 * seconds:.1f}", f"{1e3 * bare:.1f} ({rate})", f"{bare / seconds:.0%}", listed
-        print(f"| {' | '.join(cells)} |")
+        cells = way, f"{1e3 * seconds:.1f}", f"{1e3 * bare:.1f} ({rate})", f"{bare / seconds:.0%}"
+        print(f"| {' | '.join(cells)} | {1e3 * rows_s(data, rows, n_threads):.1f} | {listed} |")
 
 
 def main() -> None:

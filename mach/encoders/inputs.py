@@ -7,10 +7,13 @@ bag of rows, and backward is the same bag of the transposed batch: only rows tha
 and no gradient of the size of the table exists. On a CPU the optimiser goes further and makes a row's gradient and updates
 the row in one visit (`train/rows.py`). Features may be hashed into fewer rows, differently in each repetition: then a row
 holds one repetition, and a sample has a bag for each repetition.
+
+The rows may be kept in bfloat16: the layer is bound by memory, so half the bytes count twice. Sums are taken in float32.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mach.data import CSR
-from mach.kernels import jit
+from mach.kernels import array_of, in_threads, jit, jit_sums, read
 
 GRADIENT_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of one block of row gradients; on a CPU it stays in a core's cache
+TASKS = 8  # a thread, so that none waits long for the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,13 @@ class SparseInput:
         """Give z, shape (N, R, D); a sample without features gives zeros."""
         _, R, D = self.weight.shape
         rows = self.weight.view(-1, D) if self.is_hashed else self.weight.flatten(1)
-        z = embedding_bag(batch.indices, rows, batch.offsets, mode="sum", per_sample_weights=batch.values)
+        if rows.dtype == batch.values.dtype:
+            z = embedding_bag(batch.indices, rows, batch.offsets, mode="sum", per_sample_weights=batch.values)
+        elif rows.device.type == "cpu":
+            z = _sum_rows(rows, batch)
+        else:
+            values = batch.values.to(rows.dtype)
+            z = embedding_bag(batch.indices, rows, batch.offsets, mode="sum", per_sample_weights=values).to(batch.values.dtype)
         return z.view(R, -1, D).transpose(0, 1) if self.is_hashed else z.view(-1, R, D)
 
     def by_bag(self, grad_NRD: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ class SparseInput:
 
         Where features are hashed, rows are those of the weight seen as (F R, 1, D).
         """
-        grad = self.by_bag(grad_NRD.to(self.weight.dtype))
+        grad = self.by_bag(grad_NRD.to(batch.values.dtype))
         shape, grad = grad.shape[1:], grad.flatten(1)
         block = max(1, GRADIENT_BYTES[grad.device.type] // (grad.shape[1] * grad.element_size()))
         for u in range(0, len(batch.features), block):
@@ -165,6 +175,40 @@ class SparseInput:
             samples, values = batch.feature_samples[first:last], batch.feature_values[first:last]
             offsets = batch.feature_offsets[u : u + len(rows)] - first
             yield rows, embedding_bag(samples, grad, offsets, mode="sum", per_sample_weights=values).view(-1, *shape)
+
+
+def _sum_rows(rows_FX: Tensor, batch: SparseBatch) -> Tensor:
+    """Give the sums of each sample's rows, times its values, (N, X): of bfloat16 rows, in float32, on the CPU."""
+    N, n_threads = len(batch), torch.get_num_threads()
+    out = torch.empty(N, rows_FX.shape[1], dtype=batch.values.dtype)
+    offsets = np.append(batch.offsets.numpy(), np.int32(len(batch.indices)))
+    shared = array_of(rows_FX), offsets, batch.indices.numpy(), batch.values.numpy(), out.numpy()
+    cuts = [N * i // (TASKS * n_threads) for i in range(TASKS * n_threads + 1)]
+    in_threads(_sum, [(*shared, first, last) for first, last in itertools.pairwise(cuts) if first < last], n_threads)
+    return out
+
+
+@jit_sums
+def _sum(
+    rows_FX: np.ndarray, offsets: np.ndarray, indices: np.ndarray, values: np.ndarray, out_NX: np.ndarray, first: int, last: int
+) -> None:
+    """Sum up the rows of the samples [first, last); four rows a pass, to read and write the sum less often."""
+    X = rows_FX.shape[1]
+    for n in range(first, last):
+        i, end, out = offsets[n], offsets[n + 1], out_NX[n]
+        out[:] = 0
+        while i + 4 <= end:
+            a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
+            one, two = rows_FX[indices[i]], rows_FX[indices[i + 1]]
+            three, four = rows_FX[indices[i + 2]], rows_FX[indices[i + 3]]
+            for j in range(X):
+                out[j] += a * read(one[j]) + b * read(two[j]) + c * read(three[j]) + d * read(four[j])
+            i += 4
+        while i < end:
+            a, one = values[i], rows_FX[indices[i]]
+            for j in range(X):
+                out[j] += a * read(one[j])
+            i += 1
 
 
 class DenseInput:

@@ -81,15 +81,30 @@ def narrow_randomly(weight_RCD: Tensor, dtype: torch.dtype, keys: list[int], fir
     return _to_bfloat16(bits, noise) if dtype == torch.bfloat16 else _to_float8(bits, noise)
 
 
+def narrow_rows(weight_URD: Tensor, dtype: torch.dtype, keys: list[int], rows_U: Tensor) -> Tensor:
+    """Round some rows of R repetitions stochastically, float32 to bfloat16, on any device.
+
+    Args: keys, one a repetition of the model; where each row holds one, R is 1 and row f of repetition f mod their number.
+    """
+    _, R, D = weight_URD.shape
+    places = rows_U[:, None] * R + torch.arange(R, device=rows_U.device)
+    key_UR = torch.tensor([signed(k) for k in keys], dtype=torch.int32, device=rows_U.device)[places % len(keys)]
+    row_UR1 = _mix(key_UR ^ _wrapped(places // len(keys) * GOLDEN))[:, :, None]
+    noise = _mix(row_UR1 + _wrapped(torch.arange(D, device=rows_U.device) * GOLDEN))
+    bits = weight_URD.float().contiguous().view(torch.int32)
+    return _to_bfloat16(bits, noise) if dtype == torch.bfloat16 else _to_float8(bits, noise)
+
+
 def noise_of(keys: list[int], first: int, n_rows: int, width: int, device: torch.device) -> Tensor:
     """Give the random bits u of some rows as int32 (R, C, D): torch has no arithmetic of uint32."""
-    key_R11 = torch.tensor([_signed(k) for k in keys], dtype=torch.int32, device=device)[:, None, None]
+    key_R11 = torch.tensor([signed(k) for k in keys], dtype=torch.int32, device=device)[:, None, None]
     row_C1 = torch.arange(first, first + n_rows, device=device)[:, None]  # int64: a whole head may have more rows than int32
     row_RC1 = _mix(key_R11 ^ _wrapped(row_C1 * GOLDEN))
     return _mix(row_RC1 + _wrapped(torch.arange(width, device=device) * GOLDEN))
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
+    """Give the int32 of the same bits as an unsigned number."""
     return x - (1 << 32) if x >> 31 else x
 
 
@@ -103,7 +118,7 @@ def _mix(x: Tensor) -> Tensor:
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= FIRST
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= _signed(SECOND)
+    x *= signed(SECOND)
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
 

@@ -22,13 +22,23 @@ from mach.errors import DataError
 from mach.hashing import LabelTable
 from mach.heads import Positives, Rule
 from mach.metrics import precision_at_k
-from mach.model import DEFAULT_ESTIMATOR, INPUT, Batch, Packed, Sizes, feature_buckets, initial_parameters, resolve_precision
+from mach.model import (
+    DEFAULT_ESTIMATOR,
+    INPUT,
+    Batch,
+    Packed,
+    Sizes,
+    feature_buckets,
+    initial_parameters,
+    resolve_precision,
+    resolve_rows,
+)
 from mach.train.clock import clock_for
 from mach.train.feed import ahead
 from mach.train.finite import FiniteWatch, Place, is_finite
 from mach.train.frequent import slots_of
 from mach.train.memory import peak_bytes
-from mach.train.optim import Optimizer
+from mach.train.optim import Optimizer, RowRounding
 from mach.train.schedule import order_of, rate_at, seed_of
 
 LOSS_EVERY = 20  # steps
@@ -246,15 +256,19 @@ class Group:
             seed=seed_of(config.seed, "rounding"), repetitions=tuple(self.repetitions),
             first=self.outputs.start if self.outputs else 0,
         )  # fmt: skip
-        return Optimizer(self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT, head=rule, slots_RB=slots)
+        return Optimizer(
+            self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT, head=rule, slots_RB=slots,
+            rounding=RowRounding(seed_of(config.seed, "rows"), tuple(self.repetitions)),
+        )  # fmt: skip
 
     def _initial(self) -> Packed:
         """Draw the initial weights, each repetition with its own generator."""
+        rows = resolve_rows(self.config, self.sizes.features, self.products)
 
         def each() -> Iterator[dict[str, Tensor]]:
             for r in self.repetitions:
                 generator = torch.Generator().manual_seed(seed_of(self.config.seed, "weights", r))
-                yield initial_parameters(self.config, self.sizes, generator, self.dtype, self.outputs)
+                yield initial_parameters(self.config, self.sizes, generator, self.dtype, rows, self.outputs)
 
         n = len(self.repetitions)
         return Packed.join(

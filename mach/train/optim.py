@@ -8,7 +8,7 @@ moments a weight (R floats against 2 R D). The head may have a rule, a step size
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from mach.encoders import Input, SparseInput
 from mach.heads import Rule, Ruled
-from mach.heads.rounding import NARROW
+from mach.heads.rounding import NARROW, key_of, narrow_rows
 from mach.heads.rules import BETAS, EPSILON
 from mach.train.adamw import adamw_
 from mach.train.rows import update_rows_of
@@ -27,6 +27,14 @@ from mach.train.rules import Lost, apply_, state_of
 
 HEAD = "head."
 LOST = "head.weight.lost"
+
+
+@dataclass(frozen=True, slots=True)
+class RowRounding:
+    """What the rounding of rows kept in bfloat16 is a function of, beside step, row and column."""
+
+    seed: int = 0
+    repetitions: tuple[int, ...] = (0,)  # their numbers
 
 
 class Optimizer:
@@ -39,19 +47,20 @@ class Optimizer:
 
     def __init__(
         self, parameters: Mapping[str, Tensor], *, weight_decay: float, row_wise: str, head: Rule | None = None,
-        slots_RB: Tensor | None = None,
+        slots_RB: Tensor | None = None, rounding: RowRounding = RowRounding(),
     ):  # fmt: skip
         """Start with zeros.
 
         Args: head, its rule, whose step and rate each step sets (default: as the other dense parameters); slots, of buckets that
-              keep what rounding loses (`mach.train.rules.Lost`).
+              keep what rounding loses (`mach.train.rules.Lost`); rounding, of input rows kept in bfloat16.
         """
         self.parameters, self.weight_decay, self.row_wise, self.head = parameters, weight_decay, row_wise, head
+        self.rounding = rounding
         self.step, self.rate, self.row_rate = 0, 0.0, 0.0
         self.state: dict[str, Tensor] = {}
         for name, value in parameters.items():
             if name == row_wise:
-                self.state[f"{name}.second"] = value.new_zeros(value.shape[:2])
+                self.state[f"{name}.second"] = _zeros_of_rows(value)
             else:
                 kind = head.kind if head is not None and name.startswith(HEAD) else "adamw"
                 self.state |= {f"{name}.{moment}": zeros for moment, zeros in state_of(kind, value).items()}
@@ -118,12 +127,16 @@ class Optimizer:
             grad, correction = layer.by_bag(grad_NRD), 1 - BETAS[1] ** self.step
             weight, second = self._rows(*grad.shape[1:])
             visit(
-                weight, second, batch, grad,
+                weight, second, batch, grad, self._keys(),
                 rate=self.row_rate, beta=BETAS[1], correction=correction, epsilon=EPSILON,
             )  # fmt: skip
         else:
             for rows, gradient in layer.gradient(batch, grad_NRD):
                 self.update_rows(rows, gradient)
+
+    def _keys(self) -> list[int]:
+        """Give the keys of this step's rounding of rows, one a repetition."""
+        return [key_of(self.rounding.seed, self.step, r) for r in self.rounding.repetitions]
 
     def _rows(self, R: int, D: int) -> tuple[Tensor, Tensor]:
         """Give the input weight and its moments as rows of R repetitions; one repetition a row where features are hashed."""
@@ -142,9 +155,18 @@ class Optimizer:
         if rows is None:
             second.copy_(moment)
             weight.sub_(change)
-        else:
-            second[rows] = moment
+            return
+        second[rows] = moment
+        if weight.dtype == second.dtype:
             weight.index_add_(0, rows, change, alpha=-1)
+        else:
+            weight[rows] = narrow_rows(weight[rows] - change, weight.dtype, self._keys(), rows)
+
+
+def _zeros_of_rows(weight_FRD: Tensor) -> Tensor:
+    """Give a row's moment for each row and repetition (F, R), of float32 at least."""
+    wide = torch.float32 if weight_FRD.dtype == torch.bfloat16 else weight_FRD.dtype
+    return torch.zeros(weight_FRD.shape[:2], dtype=wide, device=weight_FRD.device)
 
 
 @cache

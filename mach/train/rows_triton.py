@@ -5,16 +5,18 @@ U distinct features of the batch, N samples, F features, R repetitions packed si
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mach.encoders import SparseBatch
+from mach.heads.rounding import FIRST, GOLDEN, SECOND, signed
 
 
 def update_rows_of(
-    weight_FRD: Tensor, second_FR: Tensor, batch: SparseBatch, grad_NRD: Tensor, *, rate: float, beta: float, correction: float,
-    epsilon: float,
+    weight_FRD: Tensor, second_FR: Tensor, batch: SparseBatch, grad_NRD: Tensor, keys: list[int], *, rate: float, beta: float,
+    correction: float, epsilon: float,
 ) -> None:  # fmt: skip
     """Update the rows that a batch touches, in place; see `mach.train.rows.update_rows_of`.
 
@@ -24,16 +26,18 @@ def update_rows_of(
     grad_RND = grad_NRD.transpose(0, 1).contiguous()
     if not len(batch.features):
         return
+    key_R = torch.tensor([signed(key) for key in keys], dtype=torch.int32, device=weight_FRD.device)
     _update[(len(batch.features), R)](
         weight_FRD, second_FR, batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_RND,
-        rate, 1 - beta, 1 / correction, epsilon, grad_RND.shape[1], R, D, BLOCK=triton.next_power_of_2(D),
+        key_R, len(keys), rate, 1 - beta, 1 / correction, epsilon, grad_RND.shape[1], R, D,
+        BLOCK=triton.next_power_of_2(D), ROUNDS=weight_FRD.dtype == torch.bfloat16,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _update(
-    weight: Any, second: Any, features: Any, offsets: Any, samples: Any, values: Any, grad: Any,
-    rate: float, share: float, inverse: float, epsilon: float, N: int, R: int, D: int, BLOCK: tl.constexpr,
+    weight: Any, second: Any, features: Any, offsets: Any, samples: Any, values: Any, grad: Any, keys: Any, n_keys: int,
+    rate: float, share: float, inverse: float, epsilon: float, N: int, R: int, D: int, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ) -> None:  # fmt: skip
     u, r = tl.program_id(0), tl.program_id(1)
     f, begin, end = tl.load(features + u), tl.load(offsets + u), tl.load(offsets + u + 1)
@@ -50,4 +54,29 @@ def _update(
     tl.store(second + place, new)
     scale = rate / (tl.sqrt(new * inverse) + epsilon)
     weights = weight + place * D + d
-    tl.store(weights, tl.load(weights, mask=inside, other=0.0) - scale * total, mask=inside)
+    row = tl.load(weights, mask=inside, other=0.0).to(tl.float32) - scale * total
+    if ROUNDS:
+        key = tl.load(keys + place % n_keys).to(tl.uint32, bitcast=True)
+        key = _mixed(key ^ ((place // n_keys).to(tl.uint32) * GOLDEN_))
+        row = _rounded(row, _mixed(key + d.to(tl.uint32) * GOLDEN_))
+    tl.store(weights, row.to(weight.dtype.element_ty), mask=inside)
+
+
+GOLDEN_, FIRST_, SECOND_ = (tl.constexpr(x) for x in (GOLDEN, FIRST, SECOND))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mixed(x: Any) -> Any:
+    x = (x ^ (x >> 16)) * FIRST_
+    x = (x ^ (x >> 15)) * SECOND_
+    return x ^ (x >> 16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(x: Any, u: Any) -> Any:
+    """Round to a bfloat16, stochastically, as float32; what is finite stays so."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    up = tl.minimum((magnitude + (u & 0xFFFF)) & 0xFFFF0000, 0x7F7F0000)
+    up = tl.where(magnitude < 0x7F800000, up, magnitude)
+    return (up | (bits & 0x80000000)).to(tl.float32, bitcast=True)

@@ -132,3 +132,18 @@ def test_no_tensor_of_the_size_of_the_table_is_made(largest):
         layer.forward(batch)
         list(layer.gradient(batch, torch.ones(N, R, D)))
     assert largest.n_elements == 3 * N * R * D  # the rows touched; the table has F R D
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.booleans())
+def test_rows_in_bfloat16_are_summed_in_float32(problem, hashed):
+    csr, X, weight, grad = problem
+    low, F = weight.bfloat16(), weight.shape[0]
+    buckets_RF = np.stack([np.roll(np.arange(F), r) for r in range(weight.shape[1])]) if hashed else None
+    batch = make_batch(csr, normalize=False, device=CPU, buckets_RF=buckets_RF)
+    layers = [SparseInput(w, is_hashed=hashed) for w in (low, low.float())]
+    found, truth = (layer.forward(batch) for layer in layers)
+    assert found.dtype == torch.float32 and found.shape == truth.shape
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    for one, other in zip(*(layer.gradient(batch, grad.float()) for layer in layers), strict=True):
+        assert torch.equal(one[1], other[1])

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mach.data import CSR
 from mach.encoders import DenseInput, SparseInput, make_batch
+from mach.heads.rounding import key_of, narrow_rows
 from mach.train import rows
-from mach.train.optim import Optimizer
+from mach.train.optim import Optimizer, RowRounding
 
 CPU = torch.device("cpu")
 
@@ -119,3 +120,81 @@ def test_a_gradient_in_bfloat16_is_taken_as_it_is(problem):
         found.append((mine, optimizer.state["input.weight.second"]))
     for one, truth in zip(*found, strict=True):
         torch.testing.assert_close(one, truth, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([(0, 1, 2), (7,)]), st.sampled_from([1, 3]))
+def test_rows_in_bfloat16_are_those_of_float32_rounded_by_the_numbers_of_their_place(problem, repetitions, n_tasks):
+    csr, weight, rng = problem
+    weight = weight[:, :1].expand(-1, 3, -1).contiguous() if len(repetitions) == 3 else weight[:, :1].contiguous()
+    low = weight.bfloat16()
+    grad = torch.from_numpy(rng.normal(size=(len(csr), *weight.shape[1:]))).float()
+    batch, found = make_batch(csr, normalize=False, device=CPU), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "TASKS", n_tasks)
+        for stored in (low.clone(), low.float()):
+            optimizer = Optimizer(
+                {"input.weight": stored}, weight_decay=0.0, row_wise="input.weight", rounding=RowRounding(5, repetitions)
+            )
+            optimizer.begin_step(rate=9.9, row_rate=0.1)
+            optimizer.update_input(SparseInput(stored), batch, grad)
+            found.append((stored, optimizer.state["input.weight.second"]))
+    assert found[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=0)
+    keys = [key_of(5, 1, r) for r in repetitions]
+    touched = batch.features
+    assert torch.equal(found[0][0][touched], narrow_rows(found[1][0][touched], torch.bfloat16, keys, touched))
+
+
+def test_a_row_is_rounded_alike_whoever_is_packed_beside_it():
+    csr = CSR(np.array([0, 2, 4]), np.array([0, 2, 1, 2], np.int32), None, 3)
+    weight, grad = torch.randn(3, 2, 64).bfloat16(), torch.randn(2, 2, 64)
+    batch, found = make_batch(csr, normalize=False, device=CPU), []
+    for repetitions, part in (((3, 9), slice(None)), ((9,), slice(1, 2))):
+        mine = weight[:, part].clone(memory_format=torch.contiguous_format)
+        optimizer = Optimizer(
+            {"input.weight": mine}, weight_decay=0.0, row_wise="input.weight", rounding=RowRounding(5, repetitions)
+        )
+        optimizer.begin_step(rate=9.9, row_rate=0.1)
+        optimizer.update_input(SparseInput(mine), batch, grad[:, part].contiguous())
+        found.append(mine[:, -1])
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], weight[:, 1])
+
+
+def test_hashed_rows_in_bfloat16_are_rounded_by_repetition_and_bucket():
+    rng, buckets_RF = np.random.default_rng(3), np.array([[0, 1, 1, 2], [2, 0, 1, 0]])
+    csr = CSR(np.array([0, 2, 4]), np.array([0, 2, 1, 3], np.int32), None, 4)
+    weight, grad = torch.from_numpy(rng.normal(size=(3, 2, 8))).bfloat16(), torch.from_numpy(rng.normal(size=(2, 2, 8))).float()
+    found = []
+    for numbers, part in (((3, 9), slice(None)), ((9,), slice(1, 2))):
+        mine = weight[:, part].clone(memory_format=torch.contiguous_format)
+        batch = make_batch(csr, normalize=False, device=CPU, buckets_RF=buckets_RF[part])
+        optimizer = Optimizer({"input.weight": mine}, weight_decay=0.0, row_wise="input.weight", rounding=RowRounding(5, numbers))
+        optimizer.begin_step(rate=9.9, row_rate=0.1)
+        optimizer.update_input(SparseInput(mine, is_hashed=True), batch, grad[:, part].contiguous())
+        found.append(mine[:, -1])
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], weight[:, 1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_without_a_visit_rows_in_bfloat16_get_the_same_step(problem):
+    csr, weight, rng = problem
+    low, batch = weight.bfloat16(), make_batch(csr, normalize=False, device=CPU)
+    grad = torch.from_numpy(rng.normal(size=(len(csr), *weight.shape[1:]))).float()
+    repetitions, found = tuple(range(weight.shape[1])), []
+    for fused in (True, False):
+        mine = low.clone()
+        optimizer = Optimizer(
+            {"input.weight": mine}, weight_decay=0.0, row_wise="input.weight", rounding=RowRounding(5, repetitions)
+        )
+        optimizer.begin_step(rate=9.9, row_rate=0.1)
+        if fused:
+            optimizer.update_input(SparseInput(mine), batch, grad)
+        else:
+            for touched, gradient in SparseInput(mine).gradient(batch, grad):
+                optimizer.update_rows(touched, gradient)
+        found.append(mine.float())
+    torch.testing.assert_close(*found, rtol=2.0**-7, atol=1e-6)  # sums in another order may fall on another side of u
