@@ -22,6 +22,8 @@ from torch import Tensor
 
 from mach.config import Loss
 from mach.heads import losses
+from mach.heads.fused import CHUNK_BYTES as FUSED_BYTES
+from mach.heads.fused import can_fuse, fused_step
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of the outputs of one chunk of buckets
 
@@ -76,9 +78,18 @@ class LinearHead:
         weights have served; `copy` (R, B, D) holds the weights in the type of the products, where that is another, or is None.
         Losses are summed over outputs and averaged over samples.
 
+        Where `mach.heads.fused.can_fuse`, kernels update the weights by the rule that `update` carries, and `update` is called
+        once, for all biases.
+
         Returns: gradient (R, N, D), of the weights' type; the loss of each repetition (R,) in nats a sample (squared units
                  for the hinge), if wanted.
         """
+        if can_fuse(self.weight, self.bias, update):
+            self._low, how = None, {"rule": update.rule, "state": update.state}  # type: ignore[attr-defined]
+            how |= {"loss": loss, "want_loss": want_loss, "chunk_bytes": min(self.chunk_bytes, FUSED_BYTES)}
+            grad_hidden, grad_bias, value = fused_step(hidden_RND, self.weight, self.bias, positives, **how)
+            update("head.bias", slice(0, self.bias.shape[1]), grad_bias, None)
+            return grad_hidden, value
         N = hidden_RND.shape[1]
         weight = self._weight_as(hidden_RND.dtype)
         chunks = list(self._chunks(N, hidden_RND.element_size()))
