@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if "--quick" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -41,8 +42,8 @@ MODES = {  # storage, type of the products
     "float32": (torch.float32, torch.float32),
 }
 LOW = triton_step.LOW
+CHUNKS = [CHUNK_BYTES, 8 << 20, 128 << 20, 512 << 20]  # more launches, or gradients of outputs that leave the cache
 TRIED = {
-    "as they are": LOW,
     "outputs 256 x 64": replace(LOW, outputs=(256, 64)),
     "outputs 128 x 128": replace(LOW, outputs=(128, 128), n_stages=2),
     "outputs 64 x 64": replace(LOW, outputs=(64, 64)),
@@ -199,11 +200,14 @@ def ceilings(device: torch.device, n: int, n_copied: int) -> tuple[dict[torch.dt
     return rates, bandwidth
 
 
-def fused(problem: Problem, loss: str = "logistic", blocks: triton_step.Blocks | None = None) -> Callable[[], object]:
+def fused(
+    problem: Problem, loss: str = "logistic", blocks: triton_step.Blocks | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Callable[[], object]:
+    """Give the step of the kernels."""
     rule, state = Sgd(), State()
     return lambda: triton_step.step(
         problem.hidden, problem.weight, problem.bias, problem.positives,
-        loss=loss, rule=rule, state=state, want_loss=False, chunk_bytes=CHUNK_BYTES, blocks=blocks,
+        loss=loss, rule=rule, state=state, want_loss=False, chunk_bytes=chunk_bytes, blocks=blocks,
     )  # fmt: skip
 
 
@@ -331,16 +335,18 @@ def by_kernel(case: tuple[int, int, int], device: torch.device) -> None:
 
 
 def try_blocks(case: tuple[int, int, int], device: torch.device, until: float) -> None:
-    """Print the time of a fused step for other sizes of its blocks."""
+    """Print the time of a fused step for other sizes of its chunks and blocks."""
     K, D, N = case
-    print(f"\nK = {K:,}, D = {D}, N = {N}, bfloat16\n\n| blocks | step, ms |\n|---|---|")
+    print(f"\nK = {K:,}, D = {D}, N = {N}, bfloat16\n\n| with | step, ms |\n|---|---|")
     problem = Problem(*case, torch.bfloat16, torch.bfloat16, device)
-    for name, blocks in TRIED.items():
+    tried: dict[str, dict[str, Any]] = {f"chunks of {n >> 20} MiB": {"chunk_bytes": n} for n in CHUNKS}
+    tried |= {name: {"blocks": blocks} for name, blocks in TRIED.items()}
+    for name, how in tried.items():
         if time.perf_counter() > until:
             print(f"| {name} | no time left |")
             continue
         try:
-            found = f"{1e3 * seconds_of(fused(problem, blocks=blocks), device):.3g}"
+            found = f"{1e3 * seconds_of(fused(problem, **how), device):.3g}"
         except Exception as error:  # too large for this device
             found = reason_of(error)
         print(f"| {name} | {found} |", flush=True)
@@ -362,7 +368,7 @@ def main() -> None:
     print()
     rates, bandwidth = ceilings(device, *((256, 1 << 20) if args.quick else (8192, 1 << 32)))
     compare(cases, device, rates, bandwidth, until - 20 * args.minutes)  # a third of the time is left for the rest
-    for case in cases[2:0:-1] or cases:
+    for case in [cases[i] for i in (2, 3, 1) if i < len(cases)] or cases:
         release()
         try:
             by_kernel(case, device)
