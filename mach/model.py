@@ -85,9 +85,9 @@ def initial_parameters(
 
     With `outputs`, a run of the B buckets, only those of the head are given: the same as without, in memory of their own size.
 
-    The input weight is rounded to the type `rows`, if given, the head's to what it is stored in. Biases are zero but the head's, which start where an output that is
-    positive as seldom as buckets are on average belongs: otherwise most of the training goes into learning that almost every
-    bucket is negative.
+    The input weight is rounded to the type `rows`, if given, the head's to what it is stored in. Biases are zero but the
+    head's, which start where an output that is positive as seldom as buckets are on average belongs: otherwise most of the
+    training goes into learning that almost every bucket is negative.
     """
     F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
 

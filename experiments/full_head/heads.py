@@ -8,18 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mach.heads import LinearHead, Positives, Update
+from mach.config import HeadOptimizer
+from mach.heads import LinearHead, Positives, Rule, Update
+from mach.heads.rounding import narrow
 from mach.train.optim import Optimizer
 
-try:
-    from mach.heads.rounding import narrow
-
-    from mach.heads import Rule
-except ImportError:  # a version that stores heads in float32 alone
-    STORAGES = ["float32"]
-else:
-    STORAGES = ["float32", "bfloat16", "float8"]
-
+STORAGES = ["float32", "bfloat16", "float8"]
 DRAWN = 1 << 24  # weights drawn at a time
 PRIOR = -12.0  # bias of an output that is seldom positive
 
@@ -43,38 +37,22 @@ def positives(n_samples: int, n_labels: int, a_sample: int = 5) -> Positives:
     return Positives.of([(indptr, labels.ravel().astype(np.int32))], torch.device("cpu"))
 
 
-def updating(parameters: dict[str, Tensor], kind: str, rate: float) -> Callable[[], Update]:
-    """Give what begins a step: sgd or AdamW, of this version of the package, or in its words where it has no sgd."""
-    if len(STORAGES) > 1:
-        rule = Rule(kind=kind, rate=rate, weight_decay=0.0, step=0, seed=0, repetitions=(0,))
-        optimizer = Optimizer(parameters, weight_decay=0.0, row_wise="input.weight", head=rule)
-        n_steps = [0]
+def updating(parameters: dict[str, Tensor], kind: HeadOptimizer, rate: float) -> Callable[[], Update]:
+    """Give what begins a step of the head by a rule."""
+    rule = Rule(kind=kind, rate=rate, weight_decay=0.0, step=0, seed=0, repetitions=(0,))
+    optimizer = Optimizer(parameters, weight_decay=0.0, row_wise="input.weight", head=rule)
+    n_steps = [0]
 
-        def begin() -> Update:
-            optimizer.begin_step(rate=rate, row_rate=0.0, head_rate=rate, head_steps=n_steps[0])
-            n_steps[0] += 1
-            return optimizer.begin_head(optimizer.update)
+    def begin() -> Update:
+        optimizer.begin_step(rate=rate, row_rate=0.0, head_rate=rate, head_steps=n_steps[0])
+        n_steps[0] += 1
+        return optimizer.begin_head(optimizer.update)
 
-        return begin
-    if kind == "adamw":
-        optimizer = Optimizer(parameters, weight_decay=0.0, row_wise="input.weight")
-
-        def begin_adamw() -> Update:
-            optimizer.begin_step(rate=rate, row_rate=0.0)
-            return optimizer.update
-
-        return begin_adamw
-
-    def sgd(name: str, part: slice, gradient: Tensor, low: Tensor | None) -> None:
-        parameters[name][:, part].sub_(gradient, alpha=rate)
-        if low is not None:
-            low[:, part] = parameters[name][:, part]
-
-    return lambda: sgd
+    return begin
 
 
 def stepping(
-    parameters: dict[str, Tensor], hidden_RND: Tensor, of: Positives, kind: str, rate: float = 1e-3
+    parameters: dict[str, Tensor], hidden_RND: Tensor, of: Positives, kind: HeadOptimizer, rate: float = 1e-3
 ) -> Callable[[], Tensor]:
     """Give a call that takes one step of the head on a batch, telling no loss; gives the gradient of the hidden vectors."""
     head, begin = LinearHead(parameters["head.weight"], parameters["head.bias"]), updating(parameters, kind, rate)

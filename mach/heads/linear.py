@@ -24,7 +24,10 @@ from torch import Tensor
 
 from mach.config import Loss
 from mach.heads import losses
+from mach.heads.fused import CHUNK_BYTES as FUSED_BYTES
+from mach.heads.fused import can_fuse, fused_step
 from mach.heads.rounding import NARROW, widen
+from mach.heads.rules import Ruled
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # that a step takes for one chunk of buckets
 LATE_CHUNKS = 2  # whose weights are updated after the hidden vectors' gradient is told: each holds its outputs until then
@@ -114,10 +117,24 @@ class LinearHead:
         `join_log_total`, for the softmax. `tell_gradient` gets the gradient to be returned, complete, before the weights of the
         last LATE_CHUNKS chunks are updated, so that sending it runs beside that.
 
+        Where `mach.heads.fused.can_fuse`, kernels update the weights by the rule that `update` carries, and `update` is called
+        once, for all biases.
+
         Returns: gradient (R, N, D), of the bias's type; the loss of each repetition (R,) in nats a sample (squared units
                  for the hinge), if wanted.
         """
         R, N, D = hidden_RND.shape
+        is_whole = loss != "softmax" or join_log_total is None
+        if isinstance(update, Ruled) and update.state is not None and is_whole and can_fuse(self.weight, self.bias, update.rule):
+            self._low, chunk_bytes = None, min(self.chunk_bytes, FUSED_BYTES)
+            grad_hidden, grad_bias, value = fused_step(
+                hidden_RND, self.weight, self.bias, positives,
+                loss=loss, rule=update.rule, state=update.state, want_loss=want_loss, chunk_bytes=chunk_bytes,
+            )  # fmt: skip
+            if tell_gradient is not None:
+                tell_gradient(grad_hidden)
+            update("head.bias", slice(0, self.bias.shape[1]), grad_bias, None)
+            return grad_hidden, value
         self._renew_low(hidden_RND.dtype)
         chunks = list(self._chunks(N, hidden_RND.dtype))
         log_total = self._log_total(hidden_RND, chunks) if loss == "softmax" else None

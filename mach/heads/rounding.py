@@ -38,8 +38,12 @@ FIRST, SECOND = 0x7FEB352D, 0x846CA68B  # of the mixing
 
 def key_of(seed: int, step: int, repetition: int) -> int:
     """Give the key, of 32 bits, of the rounding of one repetition in one step."""
-    key = _mix_int((seed & MASK) ^ _mix_int(((seed >> 32) + step * GOLDEN) & MASK))
-    return _mix_int((key + repetition * OTHER) & MASK)
+    return _mix_int((step_key(seed, step) + repetition * OTHER) & MASK)
+
+
+def step_key(seed: int, step: int) -> int:
+    """Give the key, of 32 bits, of a step, before repetitions part."""
+    return _mix_int((seed & MASK) ^ _mix_int(((seed >> 32) + step * GOLDEN) & MASK))
 
 
 def _mix_int(x: int) -> int:

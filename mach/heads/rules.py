@@ -45,12 +45,23 @@ class Rule:
         return [key_of(self.seed, self.step, r) for r in self.repetitions]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """What a rule keeps of the steps before, on the weight's device, updated in place."""
+
+    first: Tensor | None = None  # adamw: (R, B, D), float32
+    second: Tensor | None = None  # adamw: (R, B, D); row-wise: (R, B), float32
+    lost: Tensor | None = None  # bfloat16 (R, M, D), what rounding to the nearest left of M compensated rows
+    slots: Tensor | None = None  # int32 (R, B), place of a row in `lost`, -1 for one that is rounded stochastically
+
+
 @dataclass(frozen=True, slots=True)
 class Ruled:
-    """A function that updates, and the rule by which it updates the head."""
+    """A function that updates, and the rule by which it updates the head, with the state of the head's weights."""
 
     change: Callable[[str, slice, Tensor, Tensor | None], None]
     rule: Rule
+    state: State | None = None
 
     def __call__(self, name: str, part: slice, gradient: Tensor, copy: Tensor | None = None) -> None:
         """Update `parameter[:, part]` in place, and renew `copy[:, part]`, its copy for the products."""

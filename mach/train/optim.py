@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from mach.encoders import Input, SparseInput
 from mach.heads import Rule, Ruled
 from mach.heads.rounding import NARROW, key_of, narrow_rows
-from mach.heads.rules import BETAS, EPSILON
+from mach.heads.rules import BETAS, EPSILON, State
 from mach.train.adamw import adamw_
 from mach.train.rows import update_rows_of
 from mach.train.rules import Lost, apply_, state_of
@@ -84,7 +84,10 @@ class Optimizer:
         if self.head is None:
             return update
         self.head = replace(self.head, step=self.head.step + 1)
-        return Ruled(update, self.head)
+        lost = None if self.lost is None else self.lost.weight_RSD
+        slots = None if self.lost is None else self.lost.slots_RB
+        first, second = (self.state.get(f"{HEAD}weight.{moment}") for moment in ("first", "second"))
+        return Ruled(update, self.head, State(first=first, second=second, lost=lost, slots=slots))
 
     def update(self, name: str, part: slice, gradient: Tensor, low: Tensor | None = None) -> None:
         """Update `parameter[:, part]` with a gradient of that shape, and renew `low[:, part]`, its copy in bfloat16."""

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mach.encoders import SparseBatch
-from mach.heads.rounding import FIRST, GOLDEN, SECOND, signed
+from mach.heads.fused.triton_kernels import GOLDEN, bfloat16_of, mixed
+from mach.heads.rounding import signed
 
 
 def update_rows_of(
@@ -57,26 +58,7 @@ def _update(
     row = tl.load(weights, mask=inside, other=0.0).to(tl.float32) - scale * total
     if ROUNDS:
         key = tl.load(keys + place % n_keys).to(tl.uint32, bitcast=True)
-        key = _mixed(key ^ ((place // n_keys).to(tl.uint32) * GOLDEN_))
-        row = _rounded(row, _mixed(key + d.to(tl.uint32) * GOLDEN_))
-    tl.store(weights, row.to(weight.dtype.element_ty), mask=inside)
-
-
-GOLDEN_, FIRST_, SECOND_ = (tl.constexpr(x) for x in (GOLDEN, FIRST, SECOND))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _mixed(x: Any) -> Any:
-    x = (x ^ (x >> 16)) * FIRST_
-    x = (x ^ (x >> 15)) * SECOND_
-    return x ^ (x >> 16)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _rounded(x: Any, u: Any) -> Any:
-    """Round to a bfloat16, stochastically, as float32; what is finite stays so."""
-    bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    up = tl.minimum((magnitude + (u & 0xFFFF)) & 0xFFFF0000, 0x7F7F0000)
-    up = tl.where(magnitude < 0x7F800000, up, magnitude)
-    return (up | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+        key = mixed(key ^ ((place // n_keys).to(tl.uint32) * GOLDEN))
+        tl.store(weights, bfloat16_of(row, mixed(key + d.to(tl.uint32) * GOLDEN)), mask=inside)
+    else:
+        tl.store(weights, row, mask=inside)

@@ -137,7 +137,7 @@ def test_no_tensor_of_the_size_of_the_table_is_made(largest):
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.booleans())
 def test_rows_in_bfloat16_are_summed_in_float32(problem, hashed):
-    csr, X, weight, grad = problem
+    csr, _, weight, grad = problem
     low, F = weight.bfloat16(), weight.shape[0]
     buckets_RF = np.stack([np.roll(np.arange(F), r) for r in range(weight.shape[1])]) if hashed else None
     batch = make_batch(csr, normalize=False, device=CPU, buckets_RF=buckets_RF)

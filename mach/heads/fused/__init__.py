@@ -1,0 +1,67 @@
+"""The head's step fused: one call takes it whole, on a GPU with Triton; elsewhere the head goes chunk by chunk in torch."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mach.config import Loss
+from mach.heads.rules import Rule, State
+
+if TYPE_CHECKING:
+    from mach.heads.linear import Positives
+
+__all__ = ["can_fuse", "fused_step"]
+
+KINDS = ("sgd", "adamw", "rowwise-adagrad", "rowwise-adam")
+STORAGES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+CHUNK_BYTES = 32 << 20  # of a chunk's output gradients: half of the L2 cache of an H100 or H200
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def can_fuse(weight_RBD: Tensor, bias_RB: Tensor, rule: Rule) -> bool:
+    """Tell whether the kernels can take this step.
+
+    There is Triton and a GPU, or Triton's interpreter; the rule is of a known kind; the weights are stored in a known type, the
+    bias in float32.
+    """
+    if not _has_triton():
+        return False
+    fits = weight_RBD.dtype in STORAGES and bias_RB.dtype == torch.float32
+    there = weight_RBD.device.type == "cuda" or is_interpreted()
+    return there and fits and rule.kind in KINDS and weight_RBD.is_contiguous() and bias_RB.is_contiguous()
+
+
+def fused_step(
+    hidden_RND: Tensor, weight_RBD: Tensor, bias_RB: Tensor, positives: Positives, *, loss: Loss, rule: Rule, state: State,
+    want_loss: bool, chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Update the weights on one batch, in place; give the gradients of hidden vectors and biases, and the loss if wanted.
+
+    Neither outputs nor the weights' gradient reach memory; of the outputs' gradient a chunk does, in the type of the products:
+    bfloat16 if the hidden vectors or the weights are, or the weights are float8; else float32, without TF32.
+
+    Args:    as `LinearHead.step`; chunk_bytes, what a chunk may take: one tile of 128 outputs at least. `can_fuse` holds.
+    Returns: gradient of the mean loss (R, N, D), float32; that of the biases (R, B), whose update is the caller's; the loss of
+             each repetition (R,), float32, summed over outputs and averaged over samples.
+    """
+    from mach.heads.fused import triton_step
+
+    return triton_step.step(
+        hidden_RND, weight_RBD, bias_RB, positives,
+        loss=loss, rule=rule, state=state, want_loss=want_loss, chunk_bytes=chunk_bytes,
+    )  # fmt: skip

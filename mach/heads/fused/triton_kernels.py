@@ -1,0 +1,378 @@
+# mypy: ignore-errors
+"""The head's step in Triton: outputs and weight gradient live in registers, only the outputs' gradient of a chunk in memory.
+
+    log_totals           softmax only: log-sum-exp over all outputs, by running maximum and sum
+    positive_gradients   dLoss/dz of the positives, each a product of its own
+    output_gradients     a tile of outputs and samples: z = h W^T + b, then dLoss/dz, written (R, C, N)
+    hidden_gradients     a block of the hidden gradient: g^T W over a stripe of the chunk's outputs
+    row_moments          row-wise optimisers only: mean square of a row's gradient, its moment, its step size
+    update_weights       a block of weights: gradient g h, rule, rounding; where all samples fit a block, also `hidden_gradients`
+
+Sums of products are float32. A program adds in a fixed order and owns what it writes: no atomics, the same bits every time.
+Outputs are the rows of every product, so that its M is large whatever the batch.
+
+Nothing but what Triton 3.6 knows. Its interpreter neither multiplies nor rounds to bfloat16: `product_of` and `nearest_of` do it
+in float32 and integers there. Axes: R repetitions, B outputs, C outputs of a tile, N samples of a block, D hidden width or a
+block of it; `padded` samples and `wide` hidden units are whole blocks, zeros beyond what is there.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOGISTIC, SQUARED_HINGE, SOFTMAX = (tl.constexpr(i) for i in range(3))
+DENSE_STEP, MOMENTS, ROWS = (tl.constexpr(i) for i in range(3))  # sgd; adamw; row-wise
+PLAIN, BFLOAT16, FLOAT8 = (tl.constexpr(i) for i in range(3))  # storage of the weights
+GOLDEN, OTHER = tl.constexpr(0x9E3779B1), tl.constexpr(0x85EBCA6B)
+FIRST, SECOND = tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+CHANGING = ["first_tile", "n_chunk_tiles", "n_samples", "n_positives", "key"]  # from launch to launch: one kernel for all values
+
+
+@triton.jit
+def mixed(x):
+    """Let every bit of a uint32 depend on every bit."""
+    x ^= x >> 16
+    x *= FIRST
+    x ^= x >> 15
+    x *= SECOND
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def product_of(a, b, total):
+    """Add a product of bfloat16 or of float32 numbers, without TF32, to sums in float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def nearest_of(x, TYPE: tl.constexpr):
+    """Round numbers to the nearest of a type, ties to even."""
+    if INTERPRETED and TYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan")).to(tl.bfloat16)
+    return x.to(TYPE)
+
+
+@triton.jit
+def noise_of(key, numbers, r, rows_C, columns_D):
+    """Give the random bits of a block of weights, uint32 (C, D), from the key of seed and step and the repetition's number."""
+    key_r = mixed(key.to(tl.uint32) + tl.load(numbers + r).to(tl.uint32) * OTHER)
+    row_keys = mixed(rows_C.to(tl.uint32) * GOLDEN ^ key_r)
+    return mixed(row_keys[:, None] + (columns_D.to(tl.uint32) * GOLDEN)[None, :])
+
+
+@triton.jit
+def bfloat16_of(x, u):
+    """Round float32 to bfloat16, stochastically.
+
+    Cutting off what is at least the largest finite number leaves that number, infinity or NaN: no noise there, no overflow.
+    """
+    noise = tl.where(tl.abs(x) < 3.3895313892515355e38, u & 0xFFFF, 0)
+    bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan")).to(tl.bfloat16)
+
+
+@triton.jit
+def float8_of(x, u):
+    """Round 32 times a float32 to e4m3, stochastically; at most 448."""
+    scaled = tl.minimum(tl.abs(x) * 32, 448.0)
+    exponent = tl.maximum((scaled.to(tl.int32, bitcast=True) >> 23) - 127, -6)
+    steps = scaled * ((130 - exponent) << 23).to(tl.float32, bitcast=True)  # in units of the last bit, below 16: exact
+    whole = tl.floor(steps)
+    share = ((steps - whole) * 4294967296.0).to(tl.uint32)
+    code = ((exponent + 6) << 3) + whole.to(tl.int32) + (u + share < u).to(tl.int32)  # a sum past 2**32 rounds up
+    code = tl.where(x == x, code, 0x7F) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def weights_of(places_CD, columns_D, width, EVEN: tl.constexpr):
+    """Read a block of stored weights, zeros beyond the width."""
+    if EVEN:
+        return tl.load(places_CD)
+    return tl.load(places_CD, mask=(columns_D < width)[None, :], other=0.0)
+
+
+@triton.jit
+def outputs_of(
+    hidden, weight, bias, rows_C, samples_N, r, n_outputs, width, padded, wide,
+    STORAGE: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Give the outputs of a tile, float32 (C, N); rows are existing ones."""
+    columns = tl.arange(0, D)
+    places = weight + (r * n_outputs + rows_C).to(tl.int64)[:, None] * width + columns[None, :]
+    hiddens = hidden + (r * padded + samples_N)[None, :] * wide + columns[:, None]
+    z = tl.zeros((C, N), tl.float32)
+    for d in range(0, width, D):
+        h = tl.load(hiddens + d)
+        w = weights_of(places + d, columns + d, width, EVEN)
+        z = product_of(nearest_of(w, h.dtype), h, z)
+    if STORAGE == FLOAT8:
+        z *= 0.03125
+    return z + tl.load(bias + r * n_outputs + rows_C)[:, None]
+
+
+@triton.jit
+def log_totals(
+    hidden, weight, bias, out, n_outputs, width, padded, wide, n_tiles, n_blocks,
+    STORAGE: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write the log-sum-exp over every S-th tile: out (S, R, padded). Program (stripe S and block of samples, repetition)."""
+    block, stripe = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
+    n_stripes = tl.num_programs(0) // n_blocks
+    r = tl.program_id(1).to(tl.int64)
+    samples = block * N + tl.arange(0, N)
+    top, total = tl.full((N,), float("-inf"), tl.float32), tl.zeros((N,), tl.float32)
+    for tile in range(stripe, n_tiles, n_stripes):
+        rows = tile * C + tl.arange(0, C)
+        inside = tl.minimum(rows, n_outputs - 1)
+        z = outputs_of(hidden, weight, bias, inside, samples, r, n_outputs, width, padded, wide, STORAGE, EVEN, C, N, D)
+        z = tl.where((rows < n_outputs)[:, None], z, float("-inf"))
+        higher = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[None, :]), 0)
+        top = higher
+    tl.store(out + (stripe * tl.num_programs(1) + r) * padded + samples, top + tl.log(total))
+
+
+@triton.jit
+def log1p_of(x):
+    """Give log(1 + x) for x in [0, 1], to the last bits: 2 atanh(x / (2 + x)) as a series in numbers up to 1/9."""
+    t = x / (2 + x)
+    s = t * t
+    series = 1 / 11 + s * (1 / 13 + s * (1 / 15))
+    series = 1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * series))))
+    return 2 * t * series
+
+
+@triton.jit
+def slope_of(z, sign, LOSS: tl.constexpr):
+    """Give dLoss/dz of outputs of the logistic loss or the squared hinge; sign -1 where positive, 1 elsewhere."""
+    if LOSS == LOGISTIC:
+        return sign * tl.sigmoid(sign * z)  # sigmoid(z) - 1 would lose the small ones
+    return 2 * sign * tl.maximum(1 + sign * z, 0.0)
+
+
+@triton.jit
+def loss_of(z, sign, LOSS: tl.constexpr):
+    """Give the loss whose slope `slope_of` gives."""
+    if LOSS == LOGISTIC:
+        return tl.maximum(sign * z, 0.0) + log1p_of(tl.exp(-tl.abs(z)))
+    gap = tl.maximum(1 + sign * z, 0.0)
+    return gap * gap
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def positive_gradients(
+    hidden, weight, bias, buckets, samples_of, repetitions_of, log_total, share, out, losses,
+    n_positives, n_outputs, width, padded, wide,
+    LOSS: tl.constexpr, WANT_LOSS: tl.constexpr, STORAGE: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write dLoss/dz of P positives: out (n), and if wanted the loss of each, for logistic and hinge less that as a negative."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    exists = p < n_positives
+    b, r = tl.load(buckets + p, mask=exists, other=0), tl.load(repetitions_of + p, mask=exists, other=0).to(tl.int64)
+    output, sample = r * n_outputs + b, r * padded + tl.load(samples_of + p, mask=exists, other=0)
+    total = tl.zeros((P, D), tl.float32)
+    for d in range(0, width, D):
+        columns = d + tl.arange(0, D)
+        h = tl.load(hidden + sample[:, None] * wide + columns[None, :], mask=(columns < width)[None, :], other=0.0)
+        w = tl.load(weight + output[:, None] * width + columns[None, :], mask=(columns < width)[None, :], other=0.0)
+        total += nearest_of(w, h.dtype).to(tl.float32) * h.to(tl.float32)
+    z = tl.sum(total, 1)
+    if STORAGE == FLOAT8:
+        z *= 0.03125
+    z += tl.load(bias + output)
+    if LOSS == SOFTMAX:
+        below, part = z - tl.load(log_total + sample), tl.load(share + sample)
+        g = tl.exp(below) - part
+        loss = -part * below
+    else:
+        g = slope_of(z, -1.0, LOSS)
+        loss = loss_of(z, -1.0, LOSS) - loss_of(z, 1.0, LOSS)
+    tl.store(out + p, g, mask=exists)
+    if WANT_LOSS:
+        tl.store(losses + p, loss, mask=exists)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def output_gradients(
+    hidden, weight, bias, buckets, samples_of, at_positives, offsets, log_total, share, out, losses,
+    first_tile, n_outputs, n_samples, width, padded, wide, n_tiles, n_blocks, n_held,
+    LOSS: tl.constexpr, WANT_LOSS: tl.constexpr, STORAGE: tl.constexpr, EVEN: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Write dLoss/dz of a tile of outputs and a block of samples: out (R, held, padded), zeros where there is none.
+
+    All are taken for negatives; then the tile's own positives, P at a time, are written over them.
+    Program (tile of the chunk and block, repetition): the blocks of a tile run together and share its weights in the cache.
+    losses (R, tiles, blocks), if wanted, takes the summed loss of each, without what positives change.
+    """
+    block, tile = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
+    r = tl.program_id(1).to(tl.int64)
+    lanes, samples = tl.arange(0, C), block * N + tl.arange(0, N)
+    rows = (first_tile + tile) * C + lanes
+    inside = tl.minimum(rows, n_outputs - 1)
+    z = outputs_of(hidden, weight, bias, inside, samples, r, n_outputs, width, padded, wide, STORAGE, EVEN, C, N, D)
+    exists = (rows < n_outputs)[:, None] & (samples < n_samples)[None, :]
+    if LOSS == SOFTMAX:
+        g = tl.exp(z - tl.load(log_total + r * padded + samples)[None, :])
+        exists = exists & (tl.load(share + r * padded + samples) > 0)[None, :]
+    else:
+        g = slope_of(z, 1.0, LOSS)
+        if WANT_LOSS:
+            total = tl.sum(tl.where(exists, loss_of(z, 1.0, LOSS), 0.0))
+            tl.store(losses + (r * n_tiles + first_tile + tile) * n_blocks + block, total)
+    corner = out + (r * n_held + tile * C) * padded
+    tl.store(corner + lanes[:, None] * padded + samples[None, :], nearest_of(tl.where(exists, g, 0.0), out.dtype.element_ty))
+    tl.debug_barrier()  # these before those: they go to the same places
+    place = r * (n_tiles + 1) + first_tile + tile
+    begin, end = tl.load(offsets + place), tl.load(offsets + place + 1)
+    for p in range(begin, end, P):
+        positives = p + tl.arange(0, P)
+        row = tl.load(buckets + positives, mask=positives < end, other=0) - (first_tile + tile) * C
+        sample = tl.load(samples_of + positives, mask=positives < end, other=-1)
+        g_P = nearest_of(tl.load(at_positives + positives, mask=positives < end, other=0.0), out.dtype.element_ty)
+        tl.store(corner + row * padded + sample, g_P, mask=(positives < end) & (sample // N == block))
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def hidden_gradients(
+    gradients, weight, parts, first_tile, n_outputs, width, padded, wide, n_chunk_tiles, n_held, n_blocks, n_width_blocks,
+    EVEN: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add g^T W over every S-th tile of a chunk: parts (S, R, wide, padded). Program (stripe and blocks of units, samples; r)."""
+    block, rest = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
+    width_block, stripe = rest % n_width_blocks, rest // n_width_blocks
+    n_stripes = tl.num_programs(0) // (n_blocks * n_width_blocks)
+    r = tl.program_id(1).to(tl.int64)
+    lanes, columns, samples = tl.arange(0, C), width_block * D + tl.arange(0, D), block * N + tl.arange(0, N)
+    owned = parts + ((stripe * tl.num_programs(1) + r) * wide + columns[:, None]) * padded + samples[None, :]
+    total = tl.load(owned)
+    for tile in range(stripe, n_chunk_tiles, n_stripes):
+        g = tl.load(gradients + (r * n_held + tile * C + lanes)[:, None] * padded + samples[None, :])
+        rows = tl.minimum((first_tile + tile) * C + lanes, n_outputs - 1)
+        places = weight + (r * n_outputs + rows).to(tl.int64)[:, None] * width + columns[None, :]
+        w = weights_of(places, columns, width, EVEN)
+        total = product_of(tl.trans(nearest_of(w, g.dtype)), g, total)
+    tl.store(owned, total)
+
+
+@triton.jit
+def weight_gradient(
+    gradients, hidden, places_C, r, columns_D, padded, wide, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Give the gradient of a block of weights, summed over samples, float32 (C, D), and that of the rows' biases (C)."""
+    total, bias_total = tl.zeros((C, D), tl.float32), tl.zeros((C,), tl.float32)
+    for n in range(0, padded, N):
+        samples = n + tl.arange(0, N)
+        g = tl.load(gradients + places_C[:, None] * padded + samples[None, :])
+        h = tl.load(hidden + (r * padded + samples)[:, None] * wide + columns_D[None, :])
+        total = product_of(g, h, total)
+        bias_total += tl.sum(g.to(tl.float32), 1)
+    return total, bias_total
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def row_moments(
+    gradients, hidden, moments, steps, first_tile, n_outputs, width, padded, wide, n_held,
+    scale, rate, keep_moment, share, correction, epsilon, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Bring the moments (R, B) of a tile's rows up to date and write their step sizes (R, held). Program (tile, repetition).
+
+    moment <- keep moment + share mean_d g^2; step = rate / (sqrt(moment correction) + epsilon). `scale` makes sums gradients.
+    """
+    tile, r = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lanes = tl.arange(0, C)
+    held = r * n_held + tile * C + lanes
+    squares = tl.zeros((C,), tl.float32)
+    for d in range(0, wide, D):
+        total, _ = weight_gradient(gradients, hidden, held, r, d + tl.arange(0, D), padded, wide, C, N, D)
+        total *= scale
+        squares += tl.sum(total * total, 1)
+    rows = (first_tile + tile) * C + lanes
+    moment = tl.load(moments + r * n_outputs + rows, mask=rows < n_outputs, other=0.0)
+    moment = keep_moment * moment + share * squares / width
+    tl.store(moments + r * n_outputs + rows, moment, mask=rows < n_outputs)
+    tl.store(steps + held, rate / (tl.sqrt(moment * correction) + epsilon))
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def update_weights(
+    gradients, hidden, weight, bias_gradient, parts, steps, first, second, lost, slots, numbers,
+    first_tile, n_outputs, width, padded, wide, n_chunk_tiles, n_held, n_width_blocks, n_slots,
+    key, first_row, scale, rate, keep, share_1, share_2, epsilon,
+    RULE: tl.constexpr, STORAGE: tl.constexpr, HIDDEN: tl.constexpr, COMPENSATED: tl.constexpr, EVEN: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Update every S-th tile of a chunk in one block of hidden units. Program (stripe S and block, repetition).
+
+    With g the gradient of a weight, `scale` times the sum over samples:
+
+        DENSE_STEP  w <- keep w - rate g
+        MOMENTS     m <- m + share_1 (g - m);  v <- v + share_2 (g g - v);  w <- keep w - rate m / (sqrt(v) + epsilon)
+        ROWS        w <- keep w - steps[row] g
+
+    rounded stochastically to the storage. COMPENSATED: a row of slot s >= 0 is w + lost[s], rounded to the nearest; lost[s] keeps
+    the rest. HIDDEN, where one block holds all samples: old weights, while they are here, give their part of the hidden gradient.
+    """
+    width_block, stripe = tl.program_id(0) % n_width_blocks, tl.program_id(0) // n_width_blocks
+    n_stripes = tl.num_programs(0) // n_width_blocks
+    r = tl.program_id(1).to(tl.int64)
+    lanes, columns, samples = tl.arange(0, C), width_block * D + tl.arange(0, D), tl.arange(0, N)
+    owned = parts + ((stripe * tl.num_programs(1) + r) * wide + columns[:, None]) * padded + samples[None, :]
+    if HIDDEN:
+        part = tl.load(owned)
+        h = tl.load(hidden + (r * padded + samples)[:, None] * wide + columns[None, :])
+    for tile in range(stripe, n_chunk_tiles, n_stripes):
+        held = r * n_held + tile * C + lanes
+        rows = (first_tile + tile) * C + lanes
+        inside = tl.minimum(rows, n_outputs - 1)
+        places = (r * n_outputs + inside).to(tl.int64)[:, None] * width + columns[None, :]
+        stored = weights_of(weight + places, columns, width, EVEN)
+        if HIDDEN:
+            g = tl.load(gradients + held[:, None] * padded + samples[None, :])
+            total = product_of(g, h, tl.zeros((C, D), tl.float32))
+            bias_total = tl.sum(g.to(tl.float32), 1)
+            part = product_of(tl.trans(nearest_of(stored, g.dtype)), g, part)
+        else:
+            total, bias_total = weight_gradient(gradients, hidden, held, r, columns, padded, wide, C, N, D)
+        if width_block == 0:
+            tl.store(bias_gradient + r * n_outputs + rows, bias_total * scale, mask=rows < n_outputs)
+        mask = (rows < n_outputs)[:, None] & (columns < width)[None, :]
+        gradient, w = total * scale, stored.to(tl.float32)
+        if STORAGE == FLOAT8:
+            w *= 0.03125
+        if COMPENSATED:
+            slot = tl.load(slots + r * n_outputs + inside)
+            is_kept = (slot >= 0)[:, None]
+            rests = lost + (r * n_slots + slot).to(tl.int64)[:, None] * width + columns[None, :]
+            w += tl.load(rests, mask=mask & is_kept, other=0.0).to(tl.float32)
+        if RULE == MOMENTS:
+            m, v = tl.load(first + places, mask=mask, other=0.0), tl.load(second + places, mask=mask, other=0.0)
+            m += share_1 * (gradient - m)
+            v += share_2 * (gradient * gradient - v)
+            tl.store(first + places, m, mask=mask)
+            tl.store(second + places, v, mask=mask)
+            change = rate * m / (tl.sqrt(v) + epsilon)
+        elif RULE == ROWS:
+            change = tl.load(steps + held)[:, None] * gradient
+        else:
+            change = rate * gradient
+        w = keep * w - change
+        if STORAGE == PLAIN:
+            new = w
+        else:
+            u = noise_of(key, numbers, r, rows + first_row, columns)
+            new = bfloat16_of(w, u) if STORAGE == BFLOAT16 else float8_of(w, u)
+        if COMPENSATED:
+            nearest = nearest_of(w, tl.bfloat16)
+            tl.store(rests, nearest_of(w - nearest.to(tl.float32), tl.bfloat16), mask=mask & is_kept)
+            new = tl.where(is_kept, nearest, new)
+        tl.store(weight + places, new, mask=mask)
+    if HIDDEN:
+        tl.store(owned, part)
