@@ -67,11 +67,16 @@ class Config:
         AUTO, "in which rows of the input layer are kept; below float32: rounded stochastically; auto: that of the products"
     )
 
-    head_precision: HeadPrecision = _setting("float32", "type in which the head's weights are kept, rounded stochastically to it")
+    head_precision: HeadPrecision | Literal["auto"] = _setting(
+        AUTO,
+        "in which the head's weights are kept, rounded stochastically to it; auto: bfloat16 for the full head, else float32",
+    )
     compensated: float = _setting(
         0.0, "share of the outputs, the most frequent, whose bfloat16 weights keep what rounding loses instead", 0, 1
     )
-    head_optimizer: HeadOptimizer = _setting("adamw", "of the head; sgd: no state; rowwise-...: one number an output")
+    head_optimizer: HeadOptimizer | Literal["auto"] = _setting(
+        AUTO, "of the head; sgd: no state; rowwise-...: one number an output; auto: rowwise-adam for the full head, else adamw"
+    )
     head_learning_rate: float | Literal["auto"] = _setting(
         AUTO, "peak step size of the head; auto: learning_rate for adamw, else one that suits the optimiser", 0
     )
@@ -89,9 +94,9 @@ class Config:
             _check(f.name, value, hint, f.metadata["low"], f.metadata["high"])
             plain = str(value) if isinstance(value, str) else float(value) if float in (hint, *get_args(hint)) else value
             object.__setattr__(self, f.name, plain)  # equal settings are written alike: 1, 1.0 and numpy's make one run
-        if self.compensated and self.head_precision != "bfloat16":
+        if self.compensated and self.head_storage() != "bfloat16":
             raise ConfigError(
-                f"compensated={self.compensated:g} needs head_precision='bfloat16', got {self.head_precision!r}: set that, or "
+                f"compensated={self.compensated:g} needs head_precision='bfloat16', got {self.head_storage()!r}: set that, or "
                 "compensated=0"
             )
         if self.head_batch_size > self.batch_size:
@@ -131,11 +136,23 @@ class Config:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
 
+    def head_storage(self) -> HeadPrecision:
+        """Resolve the type in which the head's weights are kept."""
+        if self.head_precision == "auto":
+            return "bfloat16" if self.table == "identity" else "float32"
+        return self.head_precision
+
+    def head_rule(self) -> HeadOptimizer:
+        """Resolve the update rule of the head."""
+        if self.head_optimizer == "auto":
+            return "rowwise-adam" if self.table == "identity" else "adamw"
+        return self.head_optimizer
+
     def head_rate(self) -> float:
         """Resolve the peak step size of the head."""
         if isinstance(self.head_learning_rate, float):
             return self.head_learning_rate
-        return HEAD_RATES.get(self.head_optimizer, self.learning_rate)
+        return HEAD_RATES.get(self.head_rule(), self.learning_rate)
 
     def head_decay(self) -> float:
         """Resolve the weight decay of the head."""

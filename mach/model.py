@@ -94,7 +94,10 @@ def initial_parameters(
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).to(dtype)
 
-    parameters = {INPUT: normal(F, D, scale=INPUT_SCALE).to(rows or dtype), "input.bias": torch.zeros(D, dtype=dtype)}
+    def row(drawn: Tensor) -> Tensor:
+        return drawn.mul_(INPUT_SCALE).to(rows or dtype)
+
+    parameters = {INPUT: normal_rows((F, D), range(F), generator, row), "input.bias": torch.zeros(D, dtype=dtype)}
     for i in range(config.layers):
         parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
         parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
@@ -103,8 +106,10 @@ def initial_parameters(
         D = config.bottleneck
 
     def stored(drawn: Tensor) -> Tensor:
-        return narrow(drawn.mul_(1 / math.sqrt(D)).to(dtype), config.head_precision)
+        return narrow(drawn.mul_(1 / math.sqrt(D)).to(dtype), storage)
 
+    is_wide = config.head_precision == "auto" and dtype == torch.float64
+    storage = "float32" if is_wide else config.head_storage()  # which is the type of the model
     outputs = range(B) if outputs is None else outputs
     weight = normal_rows((B, D), outputs, generator, stored)
     bias = torch.full((len(outputs),), prior_output(config.loss, sizes.labels_a_sample / B), dtype=dtype)

@@ -63,7 +63,7 @@ class DenseHead:
         return (hidden_RND @ weight.transpose(1, 2) + bias.unsqueeze(1)).transpose(0, 1)
 
     def step(
-        self, hidden_RND: Tensor, positives: Positives, *, loss: str, update: Update, want_loss: bool
+        self, hidden_RND: Tensor, positives: Positives, *, loss: str, update: Update, want_loss: bool, **_: object
     ) -> tuple[Tensor, Tensor | None]:
         """Take one step with the rate of the update's rule."""
         assert loss == "logistic"

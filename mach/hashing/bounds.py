@@ -22,6 +22,7 @@ WEIGHT_BYTES = 4  # but the head's, which may be stored in less
 HEAD_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 ADAMW_COPIES = 3  # the weights and the two moments
 DEFAULTS = Config()
+FULL = Config(table="identity")
 LEAST_HIDDEN = 32
 LEAST_BUCKETS = 16
 
@@ -92,41 +93,46 @@ def ensemble_cost(
     layers: int = 0,
     active_features: int | None = None,
     settings: Config = DEFAULTS,
+    input_bytes: int = WEIGHT_BYTES,
 ) -> Cost:
     """Count what R repetitions cost, each with its own encoder, a head of B outputs and its row of the held table.
 
     `active_features` is how many features a sample has on average, for sparse inputs; by default all F. Of the settings, those
-    count that say how wide the head is, how it is stored and by what rule it trains.
+    count that say how wide the head is, how it is stored and by what rule it trains. A weight of the input layer takes
+    `input_bytes`.
 
     Raises: ConfigError if B is outside [2, K], or R below 1.
     """
     _check(n_labels, n_buckets, n_repetitions)
-    one = _cost(n_buckets, hidden, n_features, layers, active_features, table_bytes(n_labels, n_buckets, 1), settings)
+    one = _cost(
+        n_buckets, hidden, n_features, layers, active_features, table_bytes(n_labels, n_buckets, 1), settings, input_bytes
+    )
     return Cost(**{name: n_repetitions * value for name, value in dataclasses.asdict(one).items()})
 
 
 def full_cost(*, n_labels: int, hidden: int, n_features: int, layers: int = 0, active_features: int | None = None) -> Cost:
     """Count what the full head of K outputs over one such encoder costs: R = 1, B = K, and an identity table that is not held."""
-    return _cost(n_labels, hidden, n_features, layers, active_features, table=0)
+    return _cost(n_labels, hidden, n_features, layers, active_features, table=0, settings=FULL)
 
 
 def _cost(
-    n_buckets: int, hidden: int, n_features: int, layers: int, active: int | None, table: int, settings: Config = DEFAULTS
-) -> Cost:
+    n_buckets: int, hidden: int, n_features: int, layers: int, active: int | None, table: int, settings: Config = DEFAULTS,
+    input_bytes: int = WEIGHT_BYTES,
+) -> Cost:  # fmt: skip
     """Count one encoder, one head and a table of so many bytes."""
     width = settings.bottleneck or hidden
     narrowing = hidden * settings.bottleneck
     encoder, head = encoder_parameters(n_features, hidden, layers) + narrowing, head_parameters(n_buckets, width)
-    head_bytes = HEAD_BYTES[settings.head_precision] * n_buckets * width + WEIGHT_BYTES * n_buckets
-    input_bytes = WEIGHT_BYTES * n_features * hidden  # the input layer keeps one moment a row, not two a weight
-    dense_bytes = WEIGHT_BYTES * encoder - input_bytes
+    head_bytes = HEAD_BYTES[settings.head_storage()] * n_buckets * width + WEIGHT_BYTES * n_buckets
+    dense_bytes = WEIGHT_BYTES * (encoder - n_features * hidden)
+    rows_bytes = input_bytes * n_features * hidden  # the input layer keeps one moment a row, not two a weight
     return Cost(
         encoder_parameters=encoder,
         head_parameters=head,
         parameters=encoder + head,
-        weight_bytes=WEIGHT_BYTES * encoder + head_bytes,
+        weight_bytes=rows_bytes + dense_bytes + head_bytes,
         table_bytes=table,
-        training_bytes=ADAMW_COPIES * dense_bytes + input_bytes + WEIGHT_BYTES * n_features + head_bytes
+        training_bytes=ADAMW_COPIES * dense_bytes + rows_bytes + WEIGHT_BYTES * n_features + head_bytes
         + _head_state_bytes(n_buckets, width, settings) + table,
         encoder_multiply_adds=(n_features if active is None else active) * hidden + layers * hidden * hidden + narrowing,
         head_multiply_adds=n_buckets * width,
@@ -135,7 +141,7 @@ def _cost(
 
 def _head_state_bytes(n_buckets: int, width: int, settings: Config) -> int:
     """Count what the head's rule keeps, in float32 whatever the storage, and what compensation does, in bfloat16."""
-    kept = {"sgd": 0, "adamw": 2 * head_parameters(n_buckets, width)}.get(settings.head_optimizer, 2 * n_buckets)
+    kept = {"sgd": 0, "adamw": 2 * head_parameters(n_buckets, width)}.get(settings.head_rule(), 2 * n_buckets)
     return WEIGHT_BYTES * kept + 2 * round(settings.compensated * n_buckets) * width
 
 

@@ -4,7 +4,7 @@ Estimates: memory is `group_bytes`; times are of counted FLOPs, at the rate of o
 rate of one long pass over memory. What starts and joins threads, caches that hold more or less, and the reading of the data are
 not in them.
 
-Symbols: N samples of a batch, R repetitions, F input features, B buckets, D hidden width.
+Symbols: N samples of a batch, R repetitions, F input features, B buckets, D hidden width, V width of a bottleneck.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from mach.config import Config
-from mach.model import Sizes, resolve_precision
+from mach.hashing.bounds import HEAD_BYTES
+from mach.model import Sizes, resolve_precision, resolve_rows
 from mach.parallel.memory import group_bytes
 
 PRODUCT = 1024  # rows and columns of the product that is timed
@@ -65,33 +66,38 @@ def step_seconds(
 
     encoder:       N rows of each sample's features read; as many gradients added up, and rows that were touched read and written;
                    of each layer three products of 2 N D D FLOPs.
+                   The bottleneck is such a layer, of D V weights; then V stands for D in what follows.
     head forward:  2 N B D FLOPs; outputs written, read, and written as their gradients.
     head backward: 4 N B D FLOPs; gradients of the outputs read twice, those of the weights written.
-    update:        weights and both moments of AdamW read and written, gradients read, the copy for the products written.
+    update:        weights and what the rule keeps of each read and written, gradients read, a copy for the products written. The
+                   head's weights come as often as it has batches of its own.
 
     Args: n, of R. active_features, how many a sample has on average; by default all F.
     """
     N, D, B = config.batch_size, config.hidden, sizes.n_buckets
     F = config.feature_buckets or sizes.n_features
     active = min(F, F if active_features is None else active_features)
-    width = torch.finfo(products).bits // 8
-    dense = D * D * config.layers  # weights of the layers, one repetition
+    width, row = products.itemsize, resolve_rows(config, sizes.features, products).itemsize
+    dense = D * D * config.layers + D * config.bottleneck  # weights of the layers, one repetition
+    times = -(-N // (config.head_batch_size or N))
 
     def product(flops: float, n_bytes: float) -> float:
         return max(flops / rates.flops, n_bytes / rates.bytes)
 
-    def update(n_weights: float, n_gradient: int, n_copy: int) -> float:
-        return n_weights * (6 * 4 + n_gradient + n_copy) / rates.bytes
+    def update(n_weights: float, n_bytes: int) -> float:
+        return n_weights * (n_bytes + width) / rates.bytes
 
     touched = min(N * active, F)
-    rows = 2 * N * active * D * 4 + 2 * touched * D * 4
-    copy = width if width < 4 else 0
-    head = n * B * D
+    rows = N * active * D * (row + width) + 2 * touched * D * row
+    stored = HEAD_BYTES[config.head_storage()]
+    copy = width if width < stored else 0
+    kept = 8 if config.head_rule() == "adamw" else 0  # of each weight; row by row it is next to nothing
+    head = n * B * (config.bottleneck or D)
     return {
         "encoder": n * (rows / rates.bytes + product(6 * N * dense, 3 * width * dense)),
-        "head forward": product(2 * N * head, width * head) + 3 * width * n * N * B / rates.bytes,
-        "head backward": product(4 * N * head, 2 * width * head) + 2 * width * n * N * B / rates.bytes,
-        "update": update(head, width, copy) + update(n * dense, width, 0),
+        "head forward": product(2 * N * head, times * min(stored, width) * head) + 3 * width * n * N * B / rates.bytes,
+        "head backward": product(4 * N * head, times * 2 * width * head) + 2 * width * n * N * B / rates.bytes,
+        "update": times * update(head, 2 * (stored + kept) + copy) + update(n * dense, 24),
     }
 
 

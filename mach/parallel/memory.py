@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from mach.hashing.bounds import ensemble_cost
 from mach.heads import linear
 from mach.heads.rounding import NARROW, STORAGE
 from mach.heads.shard import DRAWN
-from mach.model import Sizes, resolve_precision
+from mach.model import Sizes, resolve_precision, resolve_rows
 from mach.train.rules import BLOCK
 
 PROCESS_BYTES = 450 << 20  # of Python, torch and compiled kernels before any weight; on a GPU, of its context
@@ -35,13 +37,14 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     that tells its loss, and the row gradients of a block.
     """
     F, B, D, N = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden, config.batch_size
+    products, width = resolve_precision(config.precision, device), config.bottleneck or D
     one = ensemble_cost(
-        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config
+        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config,
+        input_bytes=resolve_rows(config, sizes.features, products).itemsize,
     )  # fmt: skip
     table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     stays = one.training_bytes - one.table_bytes + table
-    products, width = resolve_precision(config.precision, device), config.bottleneck or D
-    storage = STORAGE.get(config.head_precision, torch.float32)
+    storage = STORAGE.get(config.head_storage(), torch.float32)
     copy = 2 * B * width if products == torch.bfloat16 and storage == torch.float32 else 0
     slots = 4 * B if config.compensated else 0
     hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
@@ -64,6 +67,45 @@ def group_size(config: Config, sizes: Sizes, *, free_bytes: int, n_workers: int,
             break
         size += 1
     return size
+
+
+def what_to_lower(config: Config, sizes: Sizes, device: torch.device) -> str:
+    """Say what one repetition takes, and which settings would lower that, each alone, to how much: the largest saving first."""
+    now, found = group_bytes(config, sizes, 1, device=device), {}
+    for name, value in _lower(config, sizes).items():
+        if value != getattr(config, name):
+            found[f"{name}={value}"] = group_bytes(*_changed(config, sizes, name, value), 1, device=device)
+    listed = [f"{change} {_gib(n)}" for change, n in sorted(found.items(), key=lambda item: item[1]) if n < 0.97 * now]
+    return f"it takes about {_gib(now)}" + (f"; with one of these settings less: {', '.join(listed)}" if listed else "")
+
+
+def _lower(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """Give a lower value of each setting that memory depends on."""
+    values: dict[str, Any] = {
+        "head_precision": "float8",
+        "head_optimizer": "sgd",
+        "hidden": max(1, config.hidden // 2),
+        "batch_size": max(1, config.batch_size // 2),
+    }
+    if config.table == "identity" and not config.bottleneck:
+        values["bottleneck"] = min(64, config.hidden // 2)
+    if config.table == "hashed":
+        values["buckets"] = max(2, sizes.n_buckets // 2)
+    if sizes.features == "sparse":
+        values["feature_buckets"] = max(2, (config.feature_buckets or sizes.n_features) // 4)
+    return values
+
+
+def _changed(config: Config, sizes: Sizes, name: str, value: Any) -> tuple[Config, Sizes]:
+    other: dict[str, Any] = {"compensated": 0.0} if name == "head_precision" else {}
+    if name == "batch_size":
+        other["head_batch_size"] = min(config.head_batch_size, value)
+    changed = config.replace(**{name: value}, **other)
+    return changed, replace(sizes, n_buckets=value) if name == "buckets" else sizes
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from mach.config import Config
-from mach.hashing.bounds import ensemble_cost
+from mach.hashing.bounds import WEIGHT_BYTES, ensemble_cost
 from mach.model import Sizes
 
 
@@ -42,6 +42,7 @@ def disk_bytes(config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *,
         n_features=config.feature_buckets or sizes.n_features,
         layers=config.layers,
         settings=config,
+        input_bytes=2 if config.input_precision == "bfloat16" and sizes.features == "sparse" else WEIGHT_BYTES,
     )
     checkpoint = cost.training_bytes - cost.table_bytes
     underway = sum(sorted(map(len, groups), reverse=True)[:n_workers])

@@ -20,7 +20,7 @@ from mach.errors import ConfigError, ModelError, Stopped
 from mach.files import clear_leftovers, free_bytes
 from mach.model import Model, resolve_device
 from mach.parallel.comm import TIMEOUT_S, launched
-from mach.parallel.memory import free_memory, group_size, is_out_of_memory
+from mach.parallel.memory import free_memory, group_size, is_out_of_memory, what_to_lower
 from mach.parallel.plan import disk_bytes, plan_groups
 from mach.parallel.progress import Watch
 from mach.store.folder import Run, format_repetitions
@@ -165,10 +165,10 @@ def _train_if_it_fits(job: Job, stop: Stop | None = None) -> Left | TooLarge | N
         if not is_out_of_memory(error):
             raise
         if len(job.repetitions) == 1:
+            run = Run.open(job.run)
+            lower = what_to_lower(run.config, run.sizes, torch.device(job.device))
             raise ModelError(
-                f"{job.run}: repetition {job.repetitions[0]} alone does not fit the memory of {job.device} ({error}); choose a "
-                "smaller batch_size, hidden or buckets, hash the features (feature_buckets), or keep less of the head "
-                "(head_precision, head_optimizer)"
+                f"{job.run}: repetition {job.repetitions[0]} alone does not fit the memory of {job.device} ({error}): {lower}"
             ) from error
     gc.collect()  # the error is gone here, and with it the frames that hold the group
     if job.device.startswith("cuda"):

@@ -23,9 +23,10 @@ from mach.errors import ConfigError, ModelError, RankLost, Stopped
 from mach.files import atomic, clear_leftovers, free_bytes
 from mach.model import Model, packed_axis, resolve_device
 from mach.parallel.comm import connect, launched
+from mach.parallel.memory import is_out_of_memory, what_to_lower
 from mach.parallel.progress import Watch
 from mach.parallel.runners import refuse_full_disk, underway
-from mach.store.folder import Run, table_of
+from mach.store.folder import Run, sizes_of, table_of
 from mach.store.shards import (
     BEST,
     FOLDER,
@@ -75,7 +76,13 @@ def train_sharded(
         raise RankLost(f"{out}: {lost}; {_left_by(Path(out))}") from lost
     except BaseException as error:
         comm.fail(error)
-        raise
+        if not is_out_of_memory(error):
+            raise
+        lower = what_to_lower(config, sizes_of(config, dataset), place)
+        raise ModelError(
+            f"{out}: rank {comm.rank} of {comm.size} ran out of memory ({error}); of one process with the whole head, {lower}; "
+            "or start more processes, each of which holds fewer labels"
+        ) from error
     finally:
         comm.close()
     if left is not None:

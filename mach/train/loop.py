@@ -252,7 +252,7 @@ class Group:
         if n := round(config.compensated * self.sizes.n_buckets):
             slots = slots_of(self.train.labels, self.table, self.sizes.n_buckets, n).to(self.device)
         rule = Rule(
-            kind=config.head_optimizer, rate=0.0, weight_decay=config.head_decay(), step=0,
+            kind=config.head_rule(), rate=0.0, weight_decay=config.head_decay(), step=0,
             seed=seed_of(config.seed, "rounding"), repetitions=tuple(self.repetitions),
             first=self.outputs.start if self.outputs else 0,
         )  # fmt: skip

@@ -27,7 +27,7 @@ def test_the_arithmetic_of_a_step_is_counted_by_hand():
 
 def test_the_bytes_of_a_step_are_counted_by_hand():
     found = step_seconds(CONFIG, SIZES, 3, AT_ONCE, products=torch.bfloat16, active_features=7)
-    rows = 3 * (10 * 7 * 32 * 4 * 2 + 70 * 32 * 4 * 2)  # read forward, gradients back; 70 rows read and written
+    rows = 3 * (10 * 7 * 32 * 2 * 2 + 70 * 32 * 2 * 2)  # read forward, gradients back; 70 rows read and written
     layer, head, outputs = 3 * 32 * 32, 3 * 64 * 32, 3 * 10 * 64
     assert found == pytest.approx(
         {
@@ -39,6 +39,20 @@ def test_the_bytes_of_a_step_are_counted_by_hand():
     )
     in_float32 = step_seconds(CONFIG, SIZES, 3, AT_ONCE, products=torch.float32, active_features=7)
     assert in_float32["update"] == pytest.approx(28 * (head + layer))  # gradients twice as wide, and no copy
+
+
+def test_the_head_s_rule_and_storage_decide_what_its_update_moves():
+    full = CONFIG.replace(table="identity", bottleneck=8, layers=0, head_batch_size=5)
+    found = step_seconds(full, SIZES, 1, AT_ONCE, products=torch.bfloat16)
+    head = 64 * 8
+    assert found["update"] == pytest.approx(
+        2 * (2 * 2 + 2) * head + (24 + 2) * 32 * 8
+    )  # twice: weights read and written, gradient
+    adamw = step_seconds(
+        full.replace(head_optimizer="adamw", head_precision="float8"), SIZES, 1, AT_ONCE, products=torch.bfloat16
+    )
+    assert adamw["update"] == pytest.approx(2 * (2 * (1 + 8) + 2) * head + (24 + 2) * 32 * 8)
+    assert found["head backward"] == pytest.approx(2 * 2 * 2 * head + 2 * 2 * 10 * 64)
 
 
 def test_rows_are_touched_once_at_most():

@@ -39,7 +39,7 @@ def test_a_group_fits_its_share_of_memory_or_is_one(free_bytes, n_workers, n_rep
 
 def test_the_bytes_of_a_group_are_counted_by_hand():
     config = Config(hidden=32, precision="bfloat16", batch_size=10)
-    weights = 4 * (1000 * 32 + 32 + 64 * 32 + 64)
+    weights = 2 * 1000 * 32 + 4 * (32 + 64 * 32 + 64)  # rows of the input layer, and the rest
     moments = 4 * (1000 + 2 * (32 + 64 * 32 + 64))
     stays = 3 * (weights + moments + 500 + 2 * 64 * 32)  # the label table has a byte an entry
     hidden, outputs, gradient = 3 * 10 * 32 * 16, 3 * 10 * 64 * 2, 3 * 64 * 32 * 2
@@ -52,7 +52,7 @@ def test_the_settings_of_the_head_are_counted_by_hand():
         hidden=32, precision="bfloat16", batch_size=10, head_batch_size=4, bottleneck=8, head_precision="float8",
         head_optimizer="rowwise-adam",
     )  # fmt: skip
-    encoder, head = 4 * (1000 * 32 + 32 + 32 * 8), 64 * 8 + 4 * 64
+    encoder, head = 2 * 1000 * 32 + 4 * (32 + 32 * 8), 64 * 8 + 4 * 64
     kept = 4 * (1000 + 2 * (32 + 32 * 8)) + 4 * 2 * 64
     stays = 3 * (encoder + head + kept + 500)
     hidden, chunk = 3 * 10 * (32 * 16 + 8 * 12), 3 * 64 * (4 * (2 + 12) + 2 * 8 * 2)
@@ -67,12 +67,14 @@ def test_the_settings_of_the_head_are_counted_by_hand():
 
 
 def test_the_identity_table_is_not_held():
-    hashed, full = (group_bytes(Config(table=table, buckets=500), SIZES, 1, device=CPU) for table in ("hashed", "identity"))
+    config = Config(buckets=500, head_precision="float32", head_optimizer="adamw")
+    hashed, full = (group_bytes(config.replace(table=table), SIZES, 1, device=CPU) for table in ("hashed", "identity"))
     assert hashed - full == 500  # a byte an entry
 
 
 def test_hashed_features_count_as_rows():
-    full, hashed = (group_bytes(Config(feature_buckets=n), SIZES, 8, device=CPU) for n in (0, 100))
+    config = Config(input_precision="float32")
+    full, hashed = (group_bytes(config.replace(feature_buckets=n), SIZES, 8, device=CPU) for n in (0, 100))
     assert full - hashed == 8 * 900 * (512 * 4 + 4) + 900 * 512 * 4
 
 
@@ -144,7 +146,7 @@ def test_a_group_is_cut_no_more_than_needed(tiny, tmp_path, monkeypatch):
 
 def test_a_repetition_that_does_not_fit_alone_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runners_group().Group, "_step", failing(0, 0))
-    with pytest.raises(ModelError, match=r"repetition 0 alone does not fit the memory of cpu \(planted\); choose"):
+    with pytest.raises(ModelError, match=r"repetition 0 alone does not fit .* of cpu \(planted\): it takes about 0.44 GiB"):
         train(CONFIG, tiny, tmp_path / "run")
 
 
@@ -204,3 +206,30 @@ def test_which_checkpoints_no_longer_count():
     assert leftover_checkpoints([[0, 1], [2, 3]]) == []
     assert leftover_checkpoints([[0, 1, 2, 3], [0, 1]]) == [[0, 1]]
     assert leftover_checkpoints([[0, 1, 2, 3], [0, 1], [2, 3], [4]]) == [[0, 1, 2, 3]]
+
+
+def test_what_to_lower_says_how_much_each_setting_saves():
+    sizes = Sizes(n_features=10**6, n_labels=10**6, n_buckets=10**6, features="sparse", labels_a_sample=1.0)
+    config = Config(table="identity", head_precision="float32", head_optimizer="adamw", precision="float32", batch_size=64)
+    text = memory.what_to_lower(config, sizes, CPU)
+    now, _, less = text.partition("; with one of these settings less: ")
+    gib = group_bytes(config, sizes, 1, device=CPU) / 2**30
+    assert now == f"it takes about {gib:.2f} GiB"
+    changes = dict(part.removesuffix(" GiB").split(" ") for part in less.split(", "))
+    assert list(changes) == sorted(changes, key=lambda change: float(changes[change]))  # the largest saving first
+    for change, said in changes.items():
+        name, _, value = change.partition("=")
+        other = config.replace(**{name: int(value) if value.isdigit() else value})
+        assert float(said) == pytest.approx(group_bytes(other, sizes, 1, device=CPU) / 2**30, abs=0.006) and float(said) < gib
+    assert {change.partition("=")[0] for change in changes} == {
+        "head_precision", "head_optimizer", "hidden", "bottleneck", "feature_buckets"
+    }  # fmt: skip
+    hashed = memory.what_to_lower(Config(), sizes, CPU)
+    assert "buckets=500000 " in hashed and "bottleneck" not in hashed
+
+
+def test_settings_that_bear_on_each_other_are_lowered_together():
+    sizes = Sizes(n_features=10, n_labels=10**6, n_buckets=10**6, features="dense", labels_a_sample=1.0)
+    config = Config(table="identity", compensated=0.5, batch_size=2048, head_batch_size=2048)
+    found = memory.what_to_lower(config, sizes, CPU)  # float8 knows no compensation, and no batch is below the head's
+    assert "head_precision=float8" in found and "feature_buckets" not in found
