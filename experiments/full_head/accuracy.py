@@ -57,6 +57,16 @@ class DenseHead:
         self.leaves = [weight_RBD.requires_grad_(), bias_RB.requires_grad_()]
         self.adamw = torch.optim.AdamW(self.leaves, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
 
+    @property
+    def weight(self) -> Tensor:
+        """Give the weight, (R, B, D)."""
+        return self.leaves[0].detach()
+
+    def some_logits(self, hidden_RND: Tensor, outputs: slice | Tensor, room: Tensor) -> Tensor:
+        """Give some of the outputs, (R, N, C)."""
+        weight, bias = (x.detach()[:, outputs] for x in self.leaves)
+        return hidden_RND @ weight.transpose(1, 2) + bias.unsqueeze(1)
+
     def logits(self, hidden_RND: Tensor) -> Tensor:
         """Give all outputs, (N, R, B)."""
         weight, bias = self.leaves

@@ -28,11 +28,14 @@ def plan_groups(
     return begun + [tuple(new[a:b]) for a, b in pairwise(cuts)]
 
 
-def disk_bytes(config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *, n_workers: int) -> int:
+def disk_bytes(
+    config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *, n_workers: int, input_bytes: int = WEIGHT_BYTES
+) -> int:
     """Give the bytes that training some groups writes at its fullest, without what text and logs add.
 
     Every repetition is finished or at its end. The largest groups that can be under way together hold a checkpoint of weights and
     moments twice, as the old one stays until the new one is whole, and with early stopping the best weights of their repetitions.
+    A weight of the input layer takes `input_bytes`.
     """
     cost = ensemble_cost(
         n_labels=sizes.n_labels,
@@ -42,7 +45,7 @@ def disk_bytes(config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *,
         n_features=config.feature_buckets or sizes.n_features,
         layers=config.layers,
         settings=config,
-        input_bytes=2 if config.input_precision == "bfloat16" and sizes.features == "sparse" else WEIGHT_BYTES,
+        input_bytes=input_bytes,
     )
     checkpoint = cost.training_bytes - cost.table_bytes
     underway = sum(sorted(map(len, groups), reverse=True)[:n_workers])

@@ -18,7 +18,7 @@ from mach.config import Config
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.files import clear_leftovers, free_bytes
-from mach.model import Model, resolve_device
+from mach.model import Model, resolve_device, resolve_precision, resolve_rows
 from mach.parallel.comm import TIMEOUT_S, launched
 from mach.parallel.memory import free_memory, group_size, is_out_of_memory, what_to_lower
 from mach.parallel.plan import disk_bytes, plan_groups
@@ -90,7 +90,7 @@ def train(
         n_workers=n_workers,
         group_size=_group_size(run, devices, n_workers),
     )
-    refuse_full_disk(run, groups, n_workers)
+    refuse_full_disk(run, groups, n_workers, torch.device(devices[0]))
     asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
     if stop is None:
         asked.file.unlink(missing_ok=True)  # of a killed process that had our number: in a container all are small
@@ -253,10 +253,12 @@ def underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
     return begun
 
 
-def refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int) -> None:
+def refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int, device: torch.device) -> None:
     """Refuse to begin what the file system has no room for; checkpoints that are there already are not counted twice."""
     held = sum(file.stat().st_size for file in (run.path / FOLDER).glob("*.safetensors"))
-    needed, free = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers) - held, free_bytes(run.path)
+    rows = resolve_rows(run.config, run.sizes.features, resolve_precision(run.config.precision, device))
+    needed = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers, input_bytes=rows.itemsize) - held
+    free = free_bytes(run.path)
     if groups and needed > free:
         raise ModelError(
             f"{run.path}: training writes {needed:,} more bytes of checkpoints and finished repetitions at its fullest, and "

@@ -136,7 +136,7 @@ class _Work:
         if shards and not resume:
             raise ModelError(f"{run.path}: the full head is under way here; add --resume to go on, or choose another --out")
         if not underway(run, [0], resume) and not shards:
-            refuse_full_disk(run, [[0]], 1)
+            refuse_full_disk(run, [[0]], 1, device)
         progress: Mapping[str, Any] | None = shards.progress if shards else None
         if alone.exists() and (progress is None or read_progress(alone)["step"] > progress["step"]):
             progress, shards = read_progress(alone), None

@@ -105,7 +105,7 @@ def test_it_trains_measures_and_reports(tiny, tmp_path, here):
         top = model.predict_topk(tiny.split("test").features, 5)
         assert row.metrics["P@1"] == precision_at_k(top.labels, tiny.split("test").labels, 1)
         assert row.parameters == n_repetitions * (50 * 8 + 8 + n_buckets * 8 + n_buckets)
-        assert row.bytes == sum(run.weights_path(r).stat().st_size for r in run.finished()) > 4 * row.parameters
+        assert row.bytes == sum(run.weights_path(r).stat().st_size for r in run.finished()) > 2 * row.parameters
         assert row.train_s == sum(record["train_s"] for record in records) > 0
         assert row.peak_bytes == max(record["peak_bytes"] for record in records) > 1e7
         assert row.predicted_bytes == group_bytes(run.config, run.sizes, n_repetitions, device=torch.device("cpu"))

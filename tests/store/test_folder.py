@@ -19,6 +19,7 @@ from safetensors.torch import load_file, safe_open
 from mach.config import Config
 from mach.data import Dataset, bundled, prepare, write_dataset
 from mach.errors import ConfigError, MachError, ModelError
+from mach.model import resolve_precision
 from mach.parallel import train
 from mach.store import Run, folder, load
 from mach.store.folder import format_repetitions, parse_repetitions
@@ -68,8 +69,9 @@ def test_the_layout_is_frozen(trained, tiny):
     with safe_open(trained / "repetition-001.safetensors", framework="pt") as file:
         shapes = {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}
         assert file.metadata() == {"format": "pt", "run": manifest["key"]}
+    rows = {torch.bfloat16: "BF16", torch.float32: "F32"}[resolve_precision("auto", torch.device("cpu"))]
     assert shapes == {
-        "input.weight": ([50, 9], "F32"), "input.bias": ([9], "F32"),
+        "input.weight": ([50, 9], rows), "input.bias": ([9], "F32"),
         "head.weight": ([13, 9], "F32"), "head.bias": ([13], "F32"),
     }  # fmt: skip
     record = json.loads((trained / "repetition-001.json").read_text())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from mach.config import Config
 from mach.errors import ModelError, Stopped
+from mach.model import resolve_precision, resolve_rows
 from mach.parallel import runners, train
 from mach.parallel.plan import disk_bytes
 from mach.store import Run
@@ -19,7 +20,7 @@ from mach.train import checkpoint, group
 from mach.train.checkpoint import checkpoint_path, read_progress
 from mach.train.log import log_path, read_log
 
-CONFIG = Config(buckets=13, repetitions=2, hidden=9, layers=1, batch_size=20, epochs=3)  # 30 steps
+CONFIG = Config(input_precision="float32", buckets=13, repetitions=2, hidden=9, layers=1, batch_size=20, epochs=3)  # 30 steps
 
 
 def weights_of(run):
@@ -36,7 +37,9 @@ def warnings_of(run):
 
 
 @pytest.mark.parametrize("features", ["tiny", "tiny_dense"])
-@pytest.mark.parametrize("settings", [{}, {"layers": 0}, {"table": "identity", "layers": 3}, {"patience": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"input_precision": "auto"}, {"layers": 0}, {"table": "identity", "layers": 3}, {"patience": 3}]
+)
 def test_the_estimate_is_what_is_written(request, features, tmp_path, monkeypatch, settings):
     """To within the headers of the files: as large as the folder is when the last checkpoint is replaced and all is stored."""
     dataset, config, most = request.getfixturevalue(features), CONFIG.replace(**{"hidden": 300} | settings), [0]
@@ -58,8 +61,9 @@ def test_the_estimate_is_what_is_written(request, features, tmp_path, monkeypatc
     monkeypatch.setattr(group, "_finish", finished)
     monkeypatch.setattr(checkpoint, "save_file", saved)
     train(config, dataset, tmp_path / "run", checkpoint_s=0)
-    repetitions = list(range(config.n_repetitions()))
-    estimate = disk_bytes(config, sizes_of(config, dataset), [repetitions], n_workers=1)
+    repetitions, sizes = list(range(config.n_repetitions())), sizes_of(config, dataset)
+    width = resolve_rows(config, sizes.features, resolve_precision(config.precision, torch.device("cpu"))).itemsize
+    estimate = disk_bytes(config, sizes, [repetitions], n_workers=1, input_bytes=width)
     written = most[0] + extra[-1]  # with the temporary file beside the checkpoint
     assert 0.97 * written <= estimate <= written
 

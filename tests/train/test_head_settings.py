@@ -77,10 +77,10 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_is_read_back(tiny, tmp_path,
     with safe_open(checkpoint_path(tmp_path / "cut", range(config.n_repetitions())), framework="pt") as file:
         names = set(file.keys())
     assert ("optimizer.head.weight.lost" in names) == ("compensated" in settings)
-    assert ("optimizer.head.weight.second" in names) == (config.head_optimizer != "sgd")
-    assert ("optimizer.head.weight.first" in names) == (config.head_optimizer == "adamw")
+    assert ("optimizer.head.weight.second" in names) == (config.head_rule() != "sgd")
+    assert ("optimizer.head.weight.first" in names) == (config.head_rule() == "adamw")
     model = train(config, tiny, tmp_path / "cut", resume=True)
-    stored = {"bfloat16": torch.bfloat16, "float8": FLOAT8}[config.head_precision]
+    stored = {"bfloat16": torch.bfloat16, "float8": FLOAT8}[config.head_storage()]
     for r in range(config.n_repetitions()):
         whole, cut = (load_file(Run.open(tmp_path / name).weights_path(r)) for name in ("whole", "cut"))
         assert all(torch.equal(whole[name].view(torch.uint8), cut[name].view(torch.uint8)) for name in whole)
@@ -103,19 +103,16 @@ SETTINGS = [
 def test_what_is_held_is_what_was_counted(tiny, settings):
     config = CONFIG.replace(layers=1, **settings)
     group = group_of(config, tiny)
-    cost, most = (
-        ensemble_cost(
-            n_labels=40, n_buckets=16, n_repetitions=2, hidden=32, n_features=50, layers=1, settings=config, input_bytes=n
-        )
-        for n in (group.packed.parameters[INPUT].itemsize, 4)
+    width = group.packed.parameters[INPUT].itemsize
+    cost = ensemble_cost(
+        n_labels=40, n_buckets=16, n_repetitions=2, hidden=32, n_features=50, layers=1, settings=config, input_bytes=width
     )
     assert sum(x.nbytes for x in group.tensors().values()) == cost.training_bytes - cost.table_bytes
     weights = [group.packed.repetition(r) for r in range(2)]
     assert sum(x.nbytes for each in weights for x in each.values()) == cost.weight_bytes
     assert sum(x.numel() for each in weights for x in each.values()) == cost.parameters
-    assert disk_bytes(config, group.sizes, [[0, 1]], n_workers=1) == 3 * most.weight_bytes + 2 * (
-        most.training_bytes - most.table_bytes - most.weight_bytes
-    )
+    written = 3 * cost.weight_bytes + 2 * (cost.training_bytes - cost.table_bytes - cost.weight_bytes)
+    assert disk_bytes(config, group.sizes, [[0, 1]], n_workers=1, input_bytes=width) == written
 
 
 def test_the_encoder_is_as_it_was_where_only_the_heads_rate_is_zero(tiny):

@@ -90,7 +90,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
             value += loss.item() * len(narrow) / len(rows)
             for name, leaf in own.items():
                 how = {"step": n_head, "rate": share * config.head_rate(), "weight_decay": config.head_decay()}
-                head_reference(config.head_optimizer, weights[name], moments[name], leaf.grad.numpy(), **how)
+                head_reference(config.head_rule(), weights[name], moments[name], leaf.grad.numpy(), **how)
         h.backward(gradient_h)
         losses.append(value)
         for name, leaf in leaves.items():
