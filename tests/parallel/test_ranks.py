@@ -290,7 +290,7 @@ def test_a_killed_rank_is_named_by_the_others_and_a_checkpoint_is_left(launch, t
     lines = re.findall(r"^mach train: .*", started.end(), flags=re.M)
     step = found_step(run)
     said = f"rank 1 of 3 is gone: it gives no more signs of life; the checkpoint of step {step:,} is whole: go on with --resume"
-    assert lines == [f"mach train: {run}: {said}"] * 2 and step > 0
+    assert set(lines) == {f"mach train: {run}: {said}"} and len(lines) <= 2 and step > 0  # torchrun ends who is slower to say so
 
 
 @pytest.mark.slow
