@@ -5,10 +5,10 @@ Axes: R repetitions, N samples of the batch, B buckets, C buckets of a chunk, D 
 A step visits a chunk once: outputs, gradient in place of the outputs, gradient of the hidden vectors, update of the
 chunk's weights. Nothing of size N B or B D is kept beyond its chunk, so the full head of many labels fits.
 
-The three products of a step may run in bfloat16. From float32 weights, by a copy that is kept beside them; weights stored in
-bfloat16 serve as they are, those in float8 are widened chunk by chunk (`mach.heads.rounding`), and there is no other copy. Sums
-are taken in float32 inside a product, the bias, the gradient of the hidden vectors and the optimiser are float32 whatever the
-storage, and what is asked of a trained head is computed in float32 too.
+The three products of a step may run in bfloat16. From float32 weights, by a copy that is kept beside them, or made chunk by
+chunk where it were large; weights stored in bfloat16 serve as they are, those in float8 are widened chunk by chunk
+(`mach.heads.rounding`), and there is no other copy. Sums are taken in float32 inside a product, the bias, the gradient of the
+hidden vectors and the optimiser are float32 whatever the storage, and what is asked of a trained head is computed in float32 too.
 Source: Micikevicius et al. 2018, arXiv:1710.03740 (master weights); Kalamkar et al. 2019, arXiv:1905.12322 (bfloat16).
 """
 
@@ -30,14 +30,24 @@ from mach.heads.rounding import NARROW, widen
 from mach.heads.rules import Ruled
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # that a step takes for one chunk of buckets
+COPY_BYTES = 256 << 20  # of a copy of the weights that is kept, at most
 LATE_CHUNKS = 2  # whose weights are updated after the hidden vectors' gradient is told: each holds its outputs until then
 
 Update = Callable[[str, slice, Tensor, Tensor | None], None]  # parameter name, buckets, their gradient, a copy to renew
 
 
-def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype, storage: torch.dtype) -> int:
-    """Give the bytes that a bucket of a chunk takes in a step: outputs, passes that tell the loss, gradient, widened weights."""
-    n_wide = 2 if storage in NARROW and storage != products else 1
+def keeps_copy(n_weights: int, *, products: torch.dtype, storage: torch.dtype) -> bool:
+    """Tell whether a head keeps a copy of wide weights for its products; of many, a chunk at a time is made anew in each step."""
+    return storage not in NARROW and storage != products and n_weights * products.itemsize <= COPY_BYTES
+
+
+def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype, storage: torch.dtype, n_weights: int = 0) -> int:
+    """Give the bytes that a bucket of a chunk takes in a step: outputs, passes that tell the loss, gradient.
+
+    And its weights in the type of the products, where they are of another and no copy of all `n_weights` is kept.
+    """
+    is_made = storage != products and not keeps_copy(n_weights, products=products, storage=storage)
+    n_wide = 2 if is_made else 1
     return n_samples * (products.itemsize + 3 * max(4, products.itemsize)) + n_wide * width * products.itemsize
 
 
@@ -170,7 +180,7 @@ class LinearHead:
 
     def _renew_low(self, dtype: torch.dtype) -> None:
         """Make the copy of wide weights for products in another type, once: `step` has it brought up to date chunk by chunk."""
-        if dtype == self.weight.dtype or self.weight.dtype in NARROW:
+        if not keeps_copy(self.weight.numel(), products=dtype, storage=self.weight.dtype):
             self._low = None
         elif self._low is None or self._low.dtype != dtype:
             self._low = self.weight.to(dtype)
@@ -193,7 +203,9 @@ class LinearHead:
 
     def _chunks(self, n_samples: int, products: torch.dtype) -> Iterator[slice]:
         R, B, D = self.weight.shape
-        width = max(1, self.chunk_bytes // (R * bucket_bytes(n_samples, D, products=products, storage=self.weight.dtype)))
+        how = {"storage": self.weight.dtype, "n_weights": self.weight.numel()}
+        each = bucket_bytes(n_samples, D, products=products, **how)
+        width = max(1, self.chunk_bytes // (R * each))
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 
     def _outputs(self, hidden_RND: Tensor, weight_RCD: Tensor, chunk: slice, room: str = "outputs 0") -> Tensor:

@@ -45,12 +45,13 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     stays = one.training_bytes - one.table_bytes + table
     storage = STORAGE.get(config.head_storage(), torch.float32)
-    copy = 2 * B * width if products == torch.bfloat16 and storage == torch.float32 else 0
+    types: dict[str, Any] = {"products": products, "storage": storage}
+    copy = products.itemsize * B * width if linear.keeps_copy(n * B * width, **types) else 0
     slots = 4 * B if config.compensated else 0
     hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
     budget = config.head_memory << 20 or linear.CHUNK_BYTES[device.type]
     samples = config.head_batch_size or N
-    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, products=products, storage=storage))
+    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, n_weights=n * B * width, **types))
     drawn = 8 * min(DRAWN, B * width) if storage in NARROW else 0  # in float32, to be rounded
     by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
     return (

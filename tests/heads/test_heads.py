@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mach.config import Loss
-from mach.heads import LinearHead, Positives
+from mach.heads import LinearHead, Positives, linear
 from mach.heads.linear import bucket_bytes
 from mach.heads.rounding import narrow, widen
 
@@ -260,3 +260,26 @@ def test_the_copy_for_the_products_is_the_callers_to_renew():
     assert len(copies) == 3 and all(copy is copies[0] for copy in copies)
     gradient, _ = head.step(hidden, none, loss="squared-hinge", update=update, want_loss=False)
     assert gradient.flatten().tolist() == [6 * 2 * 3.0] * 2  # sum over buckets of 2 (1 + z) w with z = 2, w = 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_room_for_a_copy_each_chunk_is_rounded_anew_to_the_same_bits(loss, monkeypatch):
+    rng, found = np.random.default_rng(0), []
+    hidden, weight, bias = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((2, 5, 4), (2, 9, 4), (2, 9)))
+    positives = positives_of(rng.random((2, 5, 9)) < 0.3)
+    for most in (1 << 20, 0):
+        monkeypatch.setattr(linear, "COPY_BYTES", most)
+        head, own = LinearHead(weight.clone(), bias.clone()), []
+
+        def update(name, buckets, gradient, copy, head=head, own=own):
+            parameter = head.weight if name == "head.weight" else head.bias
+            parameter[:, buckets] -= 0.1 * gradient.float()
+            if copy is not None:
+                copy[:, buckets] = parameter[:, buckets]
+            own.append(copy is not None)
+
+        for _ in range(2):
+            gradient, _ = head.step(hidden.bfloat16(), positives, loss=loss, update=update, want_loss=False)
+        found.append((gradient, head.weight, head.bias))
+        assert any(own) == (most > 0)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
