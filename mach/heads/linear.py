@@ -203,8 +203,8 @@ class LinearHead:
 
     def _chunks(self, n_samples: int, products: torch.dtype) -> Iterator[slice]:
         R, B, D = self.weight.shape
-        how = {"storage": self.weight.dtype, "n_weights": self.weight.numel()}
-        each = bucket_bytes(n_samples, D, products=products, **how)
+        storage, n_weights = self.weight.dtype, self.weight.numel()
+        each = bucket_bytes(n_samples, D, products=products, storage=storage, n_weights=n_weights)
         width = max(1, self.chunk_bytes // (R * each))
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 

@@ -31,14 +31,14 @@ from mach.comm import Comm, Pending, lengths_of, part_of
 from mach.config import Config
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding.merge import merge_topk, padded
-from mach.decoding.topk import TopK, topk_identity
+from mach.decoding.topk import TopK
 from mach.encoders import Dropout
 from mach.errors import ConfigError
 from mach.hashing import LabelTable
 from mach.heads import Positives
 from mach.heads.shard import positives_within
 from mach.metrics import precision_at_k
-from mach.model import Batch, Sizes
+from mach.model import DEFAULT_ESTIMATOR, Batch, Sizes
 from mach.train.loop import VALIDATION_KS, Group, Ready
 
 CPU = torch.device("cpu")
@@ -184,8 +184,7 @@ class ShardedGroup(Group):
     def _topk(self, features: CSR | np.ndarray, k: int) -> TopK:
         """Give the k best labels of some samples, the same on every rank: each sends its own k best."""
         assert self.outputs is not None
-        outputs = self.packed.logits(self._batch(features)).float().cpu().numpy()[:, 0]
-        best = topk_identity(outputs, min(k, len(self.outputs)))
+        best = self.packed.full_topk(self._batch(features), min(k, len(self.outputs)), estimator=DEFAULT_ESTIMATOR)
         own = padded(TopK(best.labels + self.outputs.start, best.scores), k)
         places = [1] * self.comm.size
         arrays = [torch.from_numpy(x).to(self.device).unsqueeze(0) for x in (own.labels, own.scores)]
