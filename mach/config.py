@@ -23,7 +23,7 @@ HeadPrecision = Literal["float32", "bfloat16", "float8"]
 HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
-HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05, "rowwise-adam": 0.01}  # chosen in experiments/full_head
+HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
 
 
 def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
@@ -78,7 +78,7 @@ class Config:
         AUTO, "of the head; sgd: no state; rowwise-...: one number an output; auto: rowwise-adam for the full head, else adamw"
     )
     head_learning_rate: float | Literal["auto"] = _setting(
-        AUTO, "peak step size of the head; auto: learning_rate for adamw, else one that suits the optimiser", 0
+        AUTO, "peak step size of the head; auto: learning_rate for adamw and rowwise-adam, else one that suits the optimiser", 0
     )
     head_weight_decay: float | Literal["auto"] = _setting(AUTO, "decoupled weight decay of the head; auto: weight_decay", 0)
     head_batch_size: int = _setting(0, "samples a step of the head, several a step of the encoder; 0: batch_size", 0)
