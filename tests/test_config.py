@@ -178,7 +178,7 @@ def test_the_heads_rate_and_decay_are_its_own_or_follow():
     assert (Config(learning_rate=0.5).head_rate(), Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
     assert Config(head_learning_rate=0).head_rate() == 0 and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
     for kind in set(get_args(HeadOptimizer)) - {"adamw"}:
-        assert Config(head_optimizer=kind, learning_rate=0.5).head_rate() == HEAD_RATES[kind]
+        assert Config(head_optimizer=kind, learning_rate=0.5).head_rate() == HEAD_RATES.get(kind, 0.5)
         assert Config(head_optimizer=kind, head_learning_rate=3).head_rate() == 3
 
 
