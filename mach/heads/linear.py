@@ -15,10 +15,8 @@ Source: Micikevicius et al. 2018, arXiv:1710.03740 (master weights); Kalamkar et
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from mach.config import Loss
 from mach.heads import losses
 from mach.heads.fused import CHUNK_BYTES as FUSED_BYTES
 from mach.heads.fused import can_fuse, fused_step
+from mach.heads.positives import Positives
 from mach.heads.rounding import NARROW, widen
 from mach.heads.rules import Ruled
 
@@ -49,33 +48,6 @@ def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype, storage: 
     is_made = storage != products and not keeps_copy(n_weights, products=products, storage=storage)
     n_wide = 2 if is_made else 1
     return n_samples * (products.itemsize + 3 * max(4, products.itemsize)) + n_wide * width * products.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Positives:
-    """The positive buckets of a batch, each (repetition, sample, bucket) once, in rising order, on one device."""
-
-    repetitions: Tensor  # int64 (P,)
-    samples: Tensor  # int64 (P,)
-    buckets: Tensor  # int64 (P,)
-    counts_RN: Tensor  # int64 (R, N), positives of each sample
-
-    @classmethod
-    def of(cls, buckets_of: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Positives:
-        """Join one CSR (indptr (N + 1,), buckets) a repetition."""
-        counts = np.stack([np.diff(indptr) for indptr, _ in buckets_of])
-        R, N = counts.shape
-        samples = np.repeat(np.tile(np.arange(N), R), counts.ravel())
-        repetitions = np.repeat(np.arange(R), counts.sum(1))
-        buckets = np.concatenate([indices[: indptr[-1] - indptr[0]] for indptr, indices in buckets_of]).astype(np.int64)
-        tensors = (torch.from_numpy(x).to(device) for x in (repetitions, samples, buckets, counts))
-        return cls(*tensors)
-
-    def of_samples(self, rows: slice) -> Positives:
-        """Give the positives of a run of the samples, counted from its start."""
-        inside = (self.samples >= rows.start) & (self.samples < rows.stop)
-        repetitions, samples, buckets = (x[inside] for x in (self.repetitions, self.samples, self.buckets))
-        return Positives(repetitions, samples - rows.start, buckets, self.counts_RN[:, rows])
 
 
 class LinearHead:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mach.heads.linear import Positives
+from mach.heads.positives import Positives
 
 DRAWN = 1 << 22  # random numbers of one draw; a multiple of ALIKE
 ALIKE = 16  # torch draws normal numbers by sixteen; draws of fewer at once, and of what is left of sixteen, go another way

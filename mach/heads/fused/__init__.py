@@ -14,7 +14,7 @@ from mach.config import Loss
 from mach.heads.rules import Rule, State
 
 if TYPE_CHECKING:
-    from mach.heads.linear import Positives
+    from mach.heads.positives import Positives
 
 __all__ = ["can_fuse", "fused_step"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mach.config import Loss
 from mach.heads.fused import triton_kernels as kernels
-from mach.heads.linear import Positives
+from mach.heads.positives import Positives
 from mach.heads.rounding import signed, step_key
 from mach.heads.rules import BETAS, EPSILON, Rule, State
 
