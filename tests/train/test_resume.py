@@ -369,3 +369,14 @@ def test_groups_are_known_from_their_start_where_there_are_several(tiny, tmp_pat
     monkeypatch.setattr(runners, "group_size", lambda *args, **named: 1)
     train(config, tiny, tmp_path / "run", resume=True)
     assert [facts["group"] for facts in facts_of(tmp_path / "run").values()] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_the_time_by_part_before_a_stop_is_counted(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        train(SMALL, tiny, tmp_path / "run", checkpoint_s=0)
+    read = group.read_progress
+    monkeypatch.setattr(group, "read_progress", lambda path: read(path) | {"parts_s": read(path)["parts_s"] | {"data": 3000.0}})
+    train(SMALL, tiny, tmp_path / "run", resume=True)
+    for record in Run.open(tmp_path / "run").records().values():
+        assert 3000 <= record["parts_s"]["data"] * len(record["group"]) < 3100 and record["parts_s"]["head forward"] > 0
