@@ -55,8 +55,8 @@ def trained_like(table: LabelTable, n_samples: int, *, flatness: float = 1.0, n_
     return logits_NRB
 
 
-def scores_of(table: LabelTable, n_samples: int, estimator: Estimator, **how: float) -> np.ndarray:
-    return bucket_scores(trained_like(table, n_samples, **how), loss="logistic", estimator=estimator)  # type: ignore[arg-type]
+def scores_of(table: LabelTable, n_samples: int, estimator: Estimator, **how: Any) -> np.ndarray:
+    return bucket_scores(trained_like(table, n_samples, **how), loss="logistic", estimator=estimator)
 
 
 def quickest(calls: list[Callable[[], object]], rounds: int = 5) -> list[float]:

@@ -220,7 +220,7 @@ def replayed(problem: Problem) -> Callable[[], object]:
 def chunked(problem: Problem) -> Callable[[], object]:
     """Take the head's own step in torch, updated in place and rounded to the nearest: cheaper than the fused one's rounding."""
     if problem.weight.dtype == FLOAT8:
-        raise NotImplementedError("torch adds no float8")
+        raise TypeError("torch adds no float8")
     head, rule = LinearHead(problem.weight, problem.bias), sgd()
 
     def update(name: str, part: slice, gradient: Tensor, copy: Tensor | None) -> None:
@@ -235,7 +235,7 @@ def chunked(problem: Problem) -> Callable[[], object]:
 def autograd(problem: Problem) -> Callable[[], object]:
     """All outputs and the whole gradient in memory, as a module of torch would have it."""
     if problem.weight.dtype == FLOAT8:
-        raise NotImplementedError("torch multiplies no float8 by bfloat16")
+        raise TypeError("torch multiplies no float8 by bfloat16")
     products, rule = problem.hidden.dtype, sgd()
     weight, bias = problem.weight[0].requires_grad_(), problem.bias[0].requires_grad_()
     hidden = problem.hidden[0].clone().requires_grad_()
@@ -252,6 +252,12 @@ def autograd(problem: Problem) -> Callable[[], object]:
         weight.grad = bias.grad = hidden.grad = None
 
     return step
+
+
+def measure_alone(head: Callable[[Problem], Callable[[], object]], size: tuple[Any, ...]) -> tuple[float, int]:
+    """Measure a head on a problem that is made for it and gone with it."""
+    problem = Problem(*size)
+    return measure(lambda: head(problem), problem.weight.device)
 
 
 def measure(make: Callable[[], Callable[[], object]], device: torch.device) -> tuple[float, int]:
@@ -301,12 +307,10 @@ def compare(
                     print(f"| {' | '.join(row)} | no time left | | |", flush=True)
                     continue
                 try:
-                    problem = Problem(K, D, N, storage, products, device)
-                    seconds, peak = measure(lambda head=head, problem=problem: head(problem), device)
+                    seconds, peak = measure_alone(head, (K, D, N, storage, products, device))
                     row += [f"{1e3 * seconds:.3g}", f"{seconds / floor:.2f}", f"{peak / 2**20:,.0f}"]
                 except Exception as error:  # one head's failure is a row, not the end
                     row += [reason_of(error), "", ""]
-                problem = None  # type: ignore[assignment]
                 release()
                 print(f"| {' | '.join(row)} |", flush=True)
 

@@ -101,7 +101,7 @@ def measure(dataset: Dataset, device: torch.device, B: int, D: int, N: int, n_st
     _wait(device)
     step = (time.perf_counter() - began) / n_steps
     parts = {part: s / n_steps for part, s in group.clock.read().items()}
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     listed = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in sorted(parts.items(), key=lambda item: -item[1]) if s > 1e-5)
     cells = [
         f"{N:,}", f"{flops / bare / 1e12:.3g}", f"{bandwidth / 1e9:,.0f}", f"{1e3 * step:.1f}", f"{flops / step / 1e12:.3g}",

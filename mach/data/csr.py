@@ -162,7 +162,7 @@ def _sort(indices: Columns, values: Floats | None) -> None:
     for i in range(len(indices)):
         indices[i] = keys[i] >> 32
         if values is not None:
-            values[i] = before[keys[i] & 0xFFFFFFFF]  # type: ignore[index]
+            values[i] = before[keys[i] & 0xFFFFFFFF]  # type: ignore[index]  # None only where values are
 
 
 def check_finite(features: CSR | Floats, where: Callable[[int], str]) -> None:

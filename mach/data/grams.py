@@ -9,7 +9,7 @@ the characters'.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,9 +61,9 @@ class Grams:
         return CSR(indptr, indices, counts, self.n_columns)
 
 
-def _joined(texts: object) -> str:
+def _joined(texts: Iterable[str]) -> str:
     """Put each text between blanks and end it with a newline, which no text holds."""
-    return "".join(f" {text} \n" for text in texts)  # type: ignore[attr-defined]
+    return "".join(f" {text} \n" for text in texts)
 
 
 def _to_bytes(text: str) -> Bytes:

@@ -65,16 +65,22 @@ def parse_lines(text: Bytes, lines: Lines, first_line: int) -> tuple[CSR, CSR]:
 def _patch_slow(text: Bytes, slow: Ints, values: Floats, lines: Lines, first_line: int) -> None:
     """Let Python read the few numbers that the kernel could not round with certainty: (index, offset) each."""
     for index, at in slow.tolist():
-        number = float(_NUMBER.match(text.data, at)[0])  # type: ignore[index]
+        number = float(_found(_NUMBER.match(text.data, at)))
         with np.errstate(over="ignore"):
             values[index] = number
         if not math.isfinite(values[index]):
             raise DataError(_complaint(text, at, _NOT_FINITE, lines, first_line))
 
 
+def _found(match: re.Match[bytes] | None) -> bytes:
+    """Give what was matched, of a pattern that matches wherever it is asked: the kernel stopped there, or it may be empty."""
+    assert match is not None
+    return match[0]
+
+
 def _token(text: Bytes, at: int) -> str:
     """Give what stands between blanks around an offset, up to about 60 characters either side."""
-    begin = at - len(_WORD_END.search(text[max(0, at - 60) : at].tobytes())[0])  # type: ignore[index]
+    begin = at - len(_found(_WORD_END.search(text[max(0, at - 60) : at].tobytes())))
     return _word(text, begin)
 
 
@@ -87,7 +93,7 @@ def _complaint(text: Bytes, at: int, code: int, lines: Lines, first_line: int) -
     """Say what is wrong with the token at an offset."""
     where = f"{lines.name}:{first_line + int(np.count_nonzero(text[:at] == _NEWLINE))}"
     token = _token(text, at)
-    number = _DIGITS.match(text.data, at)[0].decode()  # type: ignore[index]
+    number = _found(_DIGITS.match(text.data, at)).decode()
     if code == _LABEL_RANGE:
         hint = " (ids are int32)" if lines.comments else "; is the third number of line 1 the label count?"
         return f"{where}: label id {number} is outside [0, {lines.n_labels}){hint}"

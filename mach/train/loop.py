@@ -6,7 +6,7 @@ Axes: N samples, R repetitions of the group, B buckets, D hidden width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,7 @@ class Group:
         """Give every tensor that a checkpoint must hold, as the tensors themselves."""
         return {**self.packed.parameters, **{f"optimizer.{k}": v for k, v in self.optimizer.state.items()}}
 
-    def steps(self, on_better: Callable[[int], None]) -> Iterator[StepRecord]:
+    def steps(self, on_better: Callable[[int], None]) -> Generator[StepRecord, None, None]:
         """Train until done, yielding a record a step. `on_better(r)` marks a best epoch of the r-th packed repetition."""
         batches = ahead(self._prepare, self._rows_to_come())
         self.clock.start()
