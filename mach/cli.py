@@ -11,14 +11,13 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mach.config import Config, Estimator, load_config
-from mach.draw import bar
+from mach.draw import bar, progress_bar
 from mach.errors import DataError, MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
@@ -104,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run folder")
 
+    rerank = command("rerank", _rerank, "Fit the second stage of a trained ensemble, which orders the first labels anew.")
+    rerank.add_argument("model", metavar="RUN", help="a run folder whose repetitions are all there")
+    rerank.add_argument("data", help="the data set that it was trained on")
+    for name in ("rerank", "rerank_cost", "rerank_weight"):
+        text = next(f.metadata["help"] for f in fields(Config) if f.name == name)
+        rerank.add_argument("--" + name.replace("_", "-"), type=_plain_value, metavar="X", help=f"{text} (default: the run's)")
+    _add_machine(rerank)
+
     predict = command("predict", _predict, "Write the best labels of a split's samples to a Parquet file.")
     predict.add_argument("model", metavar="RUN", help="a run folder")
     predict.add_argument("data", help="a data set")
@@ -111,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top-k", type=int, help="labels a sample (default 100, or all K if they are fewer)")
     predict.add_argument("--out", required=True, help="the Parquet file: columns row, labels, scores")
     predict.add_argument("--workers", type=int, help="processes (default: one a GPU, or one)")
+    predict.add_argument("--no-rerank", action="store_true", help="without the run's re-ranker: what decoding alone finds")
     _add_choice(predict)
     _add_asking(predict)
 
@@ -236,22 +244,10 @@ def _say(*texts: Any) -> None:
     print(*texts, flush=True)
 
 
-@contextmanager
-def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on standard error while the block runs; yield a function of (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(text, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
 def _prepare(args: argparse.Namespace) -> None:
     from mach.data import prepare
 
-    with _bar("preparing") as progress:
+    with progress_bar("preparing") as progress:
         dataset = prepare(
             args.source,
             args.out,
@@ -281,7 +277,7 @@ def _dataset(path: str, out: str) -> Dataset:
         )
     run = Path(out).resolve()
     beside = run.with_name(run.name + ".data")
-    with _bar(f"preparing {beside}") as progress:
+    with progress_bar(f"preparing {beside}") as progress:
         return prepare(path, beside, progress=progress)
 
 
@@ -295,8 +291,10 @@ def _train(args: argparse.Namespace) -> None:
         numbers = parse_repetitions(text)
         given["repetitions"] = max(numbers) + 1
     config = base.replace(**given)
+    from mach.inspect.show import show_reranker
     from mach.parallel import train
     from mach.store import Run
+    from mach.store.reranker import reranker_record
 
     dataset = _dataset(args.data, args.out)
     train(
@@ -317,6 +315,19 @@ def _train(args: argparse.Namespace) -> None:
     records = Run.open(args.out).records().values()
     total = sum(r["parameters"] for r in records), sum(r["bytes"] for r in records), sum(r["train_s"] for r in records)
     _say(f"{args.out}: {_repetitions(len(records))}, {total[0]:,} parameters, {total[1]:,} bytes, {total[2]:.1f} s of training")
+    if (second := reranker_record(Path(args.out))) is not None:
+        _say(f"{args.out}: {show_reranker(second)}")
+
+
+def _rerank(args: argparse.Namespace) -> None:
+    from mach.data import Dataset
+    from mach.inspect.show import show_reranker
+    from mach.parallel.rerank import rerank
+    from mach.store.reranker import reranker_record
+
+    wanted = {name: value for name in ("rerank", "rerank_cost", "rerank_weight") if (value := getattr(args, name)) is not None}
+    rerank(args.model, Dataset.open(args.data), settings=wanted, device=args.device, workers=args.workers, progress=True)
+    _say(f"{args.model}: {show_reranker(reranker_record(Path(args.model)) or {})}")
 
 
 def _is_first() -> bool:
@@ -343,7 +354,7 @@ def _numbers(text: str | None) -> list[int] | None:
 def _predict(args: argparse.Namespace) -> None:
     from mach.parallel.offline import predict
 
-    with _bar("predicting") as progress:
+    with progress_bar("predicting") as progress:
         n_rows = predict(
             args.model,
             args.data,
@@ -353,6 +364,7 @@ def _predict(args: argparse.Namespace) -> None:
             estimator=args.estimator,
             repetitions=_numbers(args.repetitions),
             skip_broken=args.skip_broken,
+            rerank=not args.no_rerank,
             restrict=args.restrict,
             exclude=args.exclude,
             device=args.device,
@@ -367,7 +379,7 @@ def _score(args: argparse.Namespace) -> None:
     from mach.store import Run
     from mach.store.scores import parse_shard, write_scores
 
-    with _bar("scoring") as progress:
+    with progress_bar("scoring") as progress:
         piece = write_scores(
             Run.open(args.model),
             Dataset.open(args.data),
@@ -389,7 +401,7 @@ def _decode(args: argparse.Namespace) -> None:
     from mach.store import Run
     from mach.store.decode import decode
 
-    with _bar("decoding") as progress:
+    with progress_bar("decoding") as progress:
         n_rows, n_uncertified = decode(
             args.scores,
             args.out,
@@ -467,14 +479,16 @@ def _compare(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from mach.inspect.history import histories
     from mach.inspect.plot import plot
-    from mach.inspect.show import show, show_parts, size_text
+    from mach.inspect.show import show, show_parts, show_reranker, size_text
     from mach.store import Run
+    from mach.store.reranker import reranker_record
 
     run = Run.open(args.model)
     records, problems, found = run.records(), run.problems(), histories(run.path)
     if args.json:
         groups = {history.name: history.to_dict() for history in found}
-        return _say(json.dumps({"manifest": run.manifest, "repetitions": records, "problems": problems, "groups": groups}))
+        told = {"manifest": run.manifest, "repetitions": records, "problems": problems, "groups": groups}
+        return _say(json.dumps({**told, "reranker": reranker_record(run.path)}))
     sizes, config = run.sizes, run.config
     counts = f"{sizes.n_labels:,} labels, {sizes.n_buckets:,} buckets, {sizes.n_features:,} features"
     _say(f"{args.model}: {config.table} table, {counts}")
@@ -489,6 +503,8 @@ def _inspect(args: argparse.Namespace) -> None:
             if not found:  # without logs, what the repetition itself tells
                 for line in show_parts(facts.get("parts_s", {})):
                     _say(line)
+    if (second := reranker_record(run.path)) is not None:
+        _say(show_reranker(second))
     for history in found:
         for line in show(history):
             _say(line)

@@ -84,6 +84,18 @@ class Config:
     head_batch_size: int = _setting(0, "samples a step of the head, several a step of the encoder; 0: batch_size", 0)
     head_memory: int = _setting(0, "MiB that a step takes for a chunk of outputs; 0: 64 on a CPU, 1024 on a GPU", 0, 1 << 20)
 
+    rerank: int | Literal["auto"] = _setting(
+        AUTO,
+        "best labels of a sample that sparse linear weights order anew, fitted once all repetitions are trained; 0: none; "
+        "auto: 20 for hashed tables over sparse features",
+        0,
+        1000,
+    )
+    rerank_cost: float = _setting(0.2, "cost of a training sample on the wrong side of those weights: C of a linear SVM", 0)
+    rerank_weight: float | Literal["auto"] = _setting(
+        AUTO, "of their margin beside the mean logit; auto: fitted on the dev split or what is held out, else 1.5", 0
+    )
+
     validation: float = _setting(0.0, "share of the training samples held out when the data set has no dev split", 0, 0.9)
     patience: int = _setting(0, "stop a repetition after so many epochs without a better validation P@1; 0: never", 0)
 
@@ -157,6 +169,17 @@ class Config:
     def head_decay(self) -> float:
         """Resolve the weight decay of the head."""
         return self.head_weight_decay if isinstance(self.head_weight_decay, float) else self.weight_decay
+
+    def n_reranked(self, features: Literal["sparse", "dense"]) -> int:
+        """Resolve how many labels of a sample are ordered anew, for features of a kind.
+
+        Raises: ConfigError if some are wanted over dense features.
+        """
+        if self.rerank == AUTO:
+            return 20 if self.table == "hashed" and features == "sparse" else 0
+        if self.rerank and features == "dense":
+            raise ConfigError(f"rerank={self.rerank} must be 0 or 'auto' over dense features")
+        return int(self.rerank)
 
     def n_repetitions(self) -> int:
         """Resolve R: 1 for the identity table, which is the full head."""

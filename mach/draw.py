@@ -1,9 +1,10 @@
-"""What drawings share: bars and lines of block characters for terminals, colours for charts."""
+"""What drawings share: bars and lines of block characters for terminals, bars of progress, colours for charts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 SPARK = "▁▂▃▄▅▆▇█"
@@ -30,3 +31,15 @@ def spark(values: Sequence[float], width: int = 60, *, log: bool = False) -> str
     drawn = [math.log(max(value, 1e-12)) for value in picked] if log else [value / 2 for value in picked]  # a span stays finite
     low, span = min(drawn), (max(drawn) - min(drawn)) or 1.0
     return "".join(SPARK[round((value - low) / span * (len(SPARK) - 1))] for value in drawn)
+
+
+@contextmanager
+def progress_bar(text: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error, if it is a terminal, while the block runs; yield a function of (done, total)."""
+    from rich.console import Console  # here, as most commands need none of it
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
+        task = bars.add_task(text, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

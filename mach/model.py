@@ -27,6 +27,8 @@ from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
 from mach.decoding.full import CHUNK_BYTES, full_topk
 from mach.decoding.only import check_exclude, check_restrict
+from mach.decoding.rerank import Reranker
+from mach.decoding.topk import check_k
 from mach.encoders import MLP, Bottleneck, DenseBatch, Dropout, SparseBatch, input_for, make_batch
 from mach.errors import ConfigError, DataError, ModelError
 from mach.hashing import LabelTable
@@ -296,6 +298,7 @@ class Model:
     device: torch.device
     vectorizer: TextVectorizer | None = None
     label_names: Sequence[str] | None = None
+    reranker: Reranker | None = None
 
     def __post_init__(self) -> None:
         if len(self.repetitions) != self.table.n_repetitions:
@@ -343,6 +346,8 @@ class Model:
     ) -> TopK:
         """Give the k best labels of each sample, best first, ties by the smaller label id.
 
+        A model with a re-ranker lets it order the first of them anew, where the estimator is "logits": see `Reranker.rerank`.
+
         Args:    X, N samples: scipy sparse or numpy (N, F), `mach.data.CSR`, or texts if the model was trained on text.
                  estimator, how a label's score is made of its buckets' (`mach.decoding`).
                  restrict, label ids to choose among, for all samples. exclude, N lists of label ids, what each sample may not
@@ -352,23 +357,39 @@ class Model:
                  DataError if X has another number of features, or is text and the model was not trained on text.
         """
         features = self.features_of(X)
+        check_k(k, self.sizes.n_labels)
         subset = None if restrict is None else check_restrict(restrict, self.sizes.n_labels, k)
         lists = None if exclude is None else check_exclude(exclude, len(features), self.sizes.n_labels, subset, k)
         without = None if lists is None else np.split(lists.labels, lists.starts[1:-1])
+        n_allowed = (self.sizes.n_labels if subset is None else len(subset)) - max(map(len, without or ()), default=0)
+        depth = self.n_decoded(k, n_allowed, estimator)
         parts, start = [], 0
         for rows in self.full_chunks(features) if self.table.is_identity else self.row_chunks(features):
             how: dict[str, Any] = {"estimator": estimator, "restrict": subset}
             if without is not None:
                 how["exclude"] = without[start : start + len(rows)]
             if self.table.is_identity:
-                parts.append(self.full_topk(rows, k, first_sample=start, **how))
+                top = self.full_topk(rows, depth, first_sample=start, **how)
             else:
-                parts.append(decode_topk(self.bucket_outputs(rows), self.table, k, loss=self.config.loss, **how))
+                top = decode_topk(self.bucket_outputs(rows), self.table, depth, loss=self.config.loss, **how)
+            parts.append(self.reranked(rows, top, k, estimator=estimator))
             start += len(rows)
         return TopK(np.concatenate([p.labels for p in parts]), np.concatenate([p.scores for p in parts]))
 
+    def n_decoded(self, k: int, n_allowed: int | None = None, estimator: Estimator = DEFAULT_ESTIMATOR) -> int:
+        """Give how many labels to decode for k of them: what a re-ranker orders anew too, of `n_allowed` (all K)."""
+        if self.reranker is None or estimator != DEFAULT_ESTIMATOR:
+            return k
+        return max(k, min(self.reranker.depth, self.sizes.n_labels if n_allowed is None else n_allowed))
+
+    def reranked(self, features: CSR | np.ndarray, top: TopK, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR) -> TopK:
+        """Give the k best of decoded labels, the first of them ordered anew if the model has a re-ranker for the estimator."""
+        if self.reranker is None or estimator != DEFAULT_ESTIMATOR or isinstance(features, np.ndarray):
+            return top
+        return self.reranker.rerank(features, top, k, len(self.repetitions))
+
     def full_topk(self, features: CSR | np.ndarray, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR, **how: Any) -> TopK:
-        """Do what `predict_topk` does for the samples of one of `full_chunks`, where the table is the identity."""
+        """Decode as `predict_topk` does before re-ranking, for the samples of one of `full_chunks`: the table is the identity."""
         return self.repetitions[0].full_topk(self._batch(features, 0), k, estimator=estimator, **how)
 
     def row_chunks(self, features: CSR | np.ndarray, n_repetitions: int | None = None) -> Iterator[CSR | np.ndarray]:

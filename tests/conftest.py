@@ -57,6 +57,13 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_without_dev(tmp_path_factory):
+    """The same without the dev split."""
+    splits = {name: split for name, split in planted_splits().items() if name != "dev"}
+    return write_dataset(tmp_path_factory.mktemp("data") / "undeveloped", splits)
+
+
+@pytest.fixture(scope="session")
 def tiny_dense(tmp_path_factory):
     """The same with dense features."""
     splits = {name: (X.toarray(), Y) for name, (X, Y) in planted_splits().items()}

@@ -30,7 +30,7 @@ from mach.data import Dataset
 from mach.store import Run, predictions
 from mach.train import group
 
-SMALL = ["--buckets", "13", "--hidden", "8", "--epochs", "1", "--batch-size", "50"]
+SMALL = ["--buckets", "13", "--hidden", "8", "--epochs", "1", "--batch-size", "50", "--rerank", "0"]
 PLACES = ["Lima", "Oslo", "Rome", "Kyiv", "Cairo", "Tokyo"]
 
 
@@ -142,7 +142,7 @@ def test_help_is_light_and_quick():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
-    commands = "prepare train predict score decode evaluate ask compare inspect verify plan"
+    commands = "prepare train rerank predict score decode evaluate ask compare inspect verify plan"
     assert re.findall(r"^    ([a-z]+) ", done.stdout, flags=re.M) == commands.split()
 
 
@@ -695,3 +695,15 @@ def test_version(capsys):
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"mach {version('mach')}\n"
+
+
+def test_rerank(works, tiny, tmp_path):
+    works("train", tiny.path, "--out", tmp_path / "run", *SMALL, "--repetitions", "2")
+    said = works("rerank", tmp_path / "run", tiny.path, "--rerank", "5", "--rerank-weight", "2")
+    assert re.search(
+        r"re-ranker of the 5 best labels: [\d,]+ parameters, [\d.]+ k?B, weight 2.00 \(given\), \d+\.\d s of fitting", said
+    )
+    assert said.strip().removeprefix(f"{tmp_path / 'run'}: ") in works("inspect", tmp_path / "run")
+    for name, flags in (("with", []), ("without", ["--no-rerank"])):
+        works("predict", tmp_path / "run", tiny.path, "--top-k", "3", "--out", tmp_path / name, *flags)
+    assert pq.read_table(tmp_path / "with") != pq.read_table(tmp_path / "without")

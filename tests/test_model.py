@@ -19,7 +19,7 @@ from mach.hashing import LabelTable
 from mach.model import Model, Packed, Sizes, feature_buckets, initial_parameters, prior_output, resolve_device, resolve_precision
 from mach.parallel import train
 
-CONFIG = Config(buckets=13, repetitions=3, hidden=9, batch_size=50, epochs=2)
+CONFIG = Config(buckets=13, repetitions=3, hidden=9, batch_size=50, epochs=2, rerank=0)
 CPU = torch.device("cpu")
 
 

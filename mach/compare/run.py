@@ -24,9 +24,10 @@ from mach.errors import ConfigError, DataError, ModelError, Stopped, nearest
 from mach.files import clear_leftovers, write_json
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
+from mach.parallel.devices import devices_of
 from mach.parallel.memory import group_bytes
-from mach.parallel.runners import devices_of
 from mach.store import Run
+from mach.store.reranker import reranker_record
 from mach.train.clock import Clock
 from mach.train.stop import Stop
 
@@ -133,23 +134,25 @@ def _measure(
     run = Run.open(run_path)
     finished = run.records()
     records = [finished[r] for r in model.table.repetitions]  # the folder may hold more
+    second = reranker_record(run.path) or {"train_s": 0.0, "parameters": 0, "bytes": 0, "peak_bytes": 0}
+    trained = [*records, second]
     metrics, predict_s, decode_s = measure(model, dataset)
     return Row(
         name=named.name,
         config=run.config.to_dict() | {"buckets": run.sizes.n_buckets, "repetitions": len(records)},
         metrics=metrics,
-        train_s=sum(record["train_s"] for record in records),
-        parameters=sum(record["parameters"] for record in records),
-        bytes=sum(record["bytes"] for record in records),
+        train_s=sum(record["train_s"] for record in trained),
+        parameters=sum(record["parameters"] for record in trained),
+        bytes=sum(record["bytes"] for record in trained),
         predict_s=predict_s,
         decode_s=decode_s,
         n_test=dataset.split(SPLIT).n_samples,
-        peak_bytes=max(record["peak_bytes"] for record in records),
+        peak_bytes=max(record["peak_bytes"] for record in trained),
         predicted_bytes=max(
             group_bytes(run.config, run.sizes, len(record["group"]), device=torch.device(devices_of(device)[0]))
             for record in records
         ),
-        parts_s=_sums([record.get("parts_s", {}) for record in records]),
+        parts_s=_sums([*(record.get("parts_s", {}) for record in records), {"rerank": second["train_s"]}]),
         by_repetitions=by_repetitions(model, dataset),
     )
 
@@ -164,16 +167,18 @@ def measure(model: Model, dataset: Dataset) -> tuple[dict[str, float], float, fl
     split, k = dataset.split(SPLIT), min(TOP_K, dataset.n_labels)
     evaluator, clock, start = evaluator_for(dataset), Clock(), 0
     model.predict_topk(_first_rows(split.features), k)  # warm: kernels compiled, weights mapped
-    is_full = model.table.is_identity
+    is_full, depth = model.table.is_identity, model.n_decoded(k)
     for features in model.full_chunks(split.features) if is_full else model.row_chunks(split.features):
         clock.start()
         if is_full:
-            top = model.full_topk(features, k, lap=clock.lap)
+            top = model.full_topk(features, depth, lap=clock.lap)
         else:
             logits = model.bucket_logits(features)
             clock.lap("outputs")
-            top = decode_topk(logits, model.table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
+            top = decode_topk(logits, model.table, depth, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
             clock.lap("decode")
+        top = model.reranked(features, top, k)
+        clock.lap("rerank")
         evaluator.update(top.labels, top.scores, _rows_of(split.labels, start, len(features)))
         start += len(features)
     seconds = clock.read()
@@ -186,13 +191,14 @@ def by_repetitions(model: Model, dataset: Dataset) -> list[tuple[int, dict[str, 
     numbers = sorted({2**i for i in range(R.bit_length())} | {R}) if R > 1 else []
     evaluators = {n: evaluator_for(dataset) for n in numbers}
     split, k, start = dataset.split(SPLIT), min(5, dataset.n_labels), 0
+    depth = model.n_decoded(k)
     for features in model.row_chunks(split.features) if numbers else ():
         logits = model.bucket_logits(features)
         truth = _rows_of(split.labels, start, len(features))
         for n, evaluator in evaluators.items():
-            table = model.table.select(model.table.repetitions[:n])
-            top = decode_topk(logits[:, :n].copy(), table, k, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
-            evaluator.update(top.labels, None, truth)
+            part = model.select(model.table.repetitions[:n])
+            top = decode_topk(logits[:, :n].copy(), part.table, depth, loss=model.config.loss, estimator=DEFAULT_ESTIMATOR)
+            evaluator.update(part.reranked(features, top, k).labels, None, truth)
         start += len(features)
     return [(n, evaluator.result()) for n, evaluator in evaluators.items()]
 

@@ -96,12 +96,12 @@ def _row_cuts(indptr: Ints, n_parts: int) -> list[int]:
 
 def _gather_part(csr: CSR, begins: Ints, indptr: Ints, indices: Columns, values: Floats | None, low: int, high: int) -> None:
     """Copy the entries of output rows [low, high)."""
-    _gather(_read_only(csr.indices), begins, indptr, indices, low, high)
+    _gather(read_only(csr.indices), begins, indptr, indices, low, high)
     if values is not None and csr.values is not None:
-        _gather(_read_only(csr.values), begins, indptr, values, low, high)
+        _gather(read_only(csr.values), begins, indptr, values, low, high)
 
 
-def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Give a plain read-only view, so that a kernel is compiled once for arrays in memory and in files."""
     view = array.view(np.ndarray)
     view.flags.writeable = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mach.draw import bar, spark
 from mach.inspect.history import History, Line
@@ -34,6 +35,16 @@ def show_parts(parts_s: Mapping[str, float]) -> Iterator[str]:
     for part, seconds in sorted(parts_s.items(), key=lambda item: -item[1]):
         share = seconds / total if total else 0.0
         yield f"  {part:13} {100 * share:5.1f} % {bar(share, 30)} {seconds:,.1f} s"
+
+
+def show_reranker(record: Mapping[str, Any]) -> str:
+    """Say in a line what a run's re-ranker is, from its record."""
+    fitted = {"dev": "fitted on the dev split", "held out": "fitted on what is held out"}
+    source = fitted.get(record["weight_from"], record["weight_from"])
+    return (
+        f"re-ranker of the {record['depth']} best labels: {record['parameters']:,} parameters, {size_text(record['bytes'])}, "
+        f"weight {record['weight']:.2f} ({source}), {record['train_s']:.1f} s of fitting"
+    )
 
 
 def size_text(n_bytes: float) -> str:

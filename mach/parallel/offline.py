@@ -17,7 +17,7 @@ from mach.config import Estimator
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.model import DEFAULT_ESTIMATOR, Model
-from mach.parallel.runners import devices_of
+from mach.parallel.devices import devices_of
 from mach.store.folder import Run
 from mach.store.predictions import Choice, Parts, plan, write_parts
 from mach.train.stop import Stop, leave_interrupts_to_the_parent
@@ -35,6 +35,7 @@ class Work:
     data: Path
     split: str
     repetitions: tuple[int, ...]
+    rerank: bool
     device: str
     threads: int  # of the CPU
     parts: Parts
@@ -54,6 +55,7 @@ def predict(
     estimator: Estimator = DEFAULT_ESTIMATOR,
     repetitions: Sequence[int] | None = None,
     skip_broken: bool = False,
+    rerank: bool = True,
     restrict: str | Path | None = None,
     exclude: str | Path | None = None,
     device: str = "auto",
@@ -65,8 +67,9 @@ def predict(
     Any number of workers gives the same file, as long as a matrix product has the same bits on as many threads as each of them
     gets. What an earlier call left is gone on from.
 
-    Args:   k, labels a sample (default 100, or all); restrict and exclude, files of labels to choose among, and of what each
-            sample may not find (`mach.data.lists`); workers, processes (default: one a GPU, or one).
+    Args:   k, labels a sample (default 100, or all); rerank, with the run's re-ranker if it has one; restrict and exclude, files
+            of labels to choose among, and of what each sample may not find (`mach.data.lists`); workers, processes (default: one
+            a GPU, or one).
     Raises: ConfigError, DataError or ModelError: what came, what is allowed, what to do.
             Stopped, a KeyboardInterrupt, after SIGTERM or Ctrl-C: each worker has finished its part, and the same call goes on.
     """
@@ -75,7 +78,7 @@ def predict(
     if n_workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
     opened, dataset = Run.open(run), Dataset.open(data)
-    model = opened.load(repetitions, skip_broken=skip_broken, device=devices[0] if n_workers == 1 else "cpu")
+    model = opened.load(repetitions, skip_broken=skip_broken, device=devices[0] if n_workers == 1 else "cpu", rerank=rerank)
     n_samples, n_labels = dataset.split(split).n_samples, model.sizes.n_labels
     choice = Choice.read(n_samples, n_labels, model.label_names, restrict=restrict, exclude=exclude)
     k = choice.default_k(n_labels) if k is None else k
@@ -95,6 +98,7 @@ def predict(
                         data=dataset.path.resolve(),
                         split=split,
                         repetitions=model.table.repetitions,
+                        rerank=model.reranker is not None,
                         device=devices[worker % len(devices)],
                         threads=max(1, (os.cpu_count() or 1) // n_workers),
                         parts=replace(parts, out=parts.out.resolve()),
@@ -128,7 +132,7 @@ def _run(works: Sequence[Work], n_workers: int, stop: Stop) -> None:
 def _work(work: Work) -> None:
     """Write one worker's parts."""
     torch.set_num_threads(work.threads)
-    model: Model = Run.open(work.run).load(work.repetitions, device=work.device)
+    model: Model = Run.open(work.run).load(work.repetitions, device=work.device, rerank=work.rerank)
     samples = Dataset.open(work.data).split(work.split)
     choice = Choice.read(samples.n_samples, model.sizes.n_labels, model.label_names, restrict=work.restrict, exclude=work.exclude)
     with Stop(work.stop) as stop:

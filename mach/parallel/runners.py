@@ -18,11 +18,13 @@ from mach.config import Config
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.files import clear_leftovers, free_bytes
-from mach.model import Model, resolve_device, resolve_precision, resolve_rows
+from mach.model import Model, resolve_precision, resolve_rows
 from mach.parallel.comm import TIMEOUT_S, launched
+from mach.parallel.devices import devices_of
 from mach.parallel.memory import free_memory, group_size, is_out_of_memory, what_to_lower
 from mach.parallel.plan import disk_bytes, plan_groups
 from mach.parallel.progress import Watch
+from mach.parallel.rerank import rerank, wants_reranker
 from mach.store.folder import Run, format_repetitions
 from mach.store.shards import is_cut
 from mach.train.checkpoint import FOLDER, best_path, checkpoint_path, leftover_checkpoints, read_progress, split_checkpoint
@@ -51,6 +53,7 @@ def train(
     """Train an ensemble, or some of its repetitions, into a run folder, and load it.
 
     Repetitions that are finished there stay as they are, so an ensemble grows, and a lost repetition is trained alone.
+    Once all are there, the re-ranker is fitted if the config has one (`mach.parallel.rerank`).
     Processes that torchrun or horovodrun started train one full head together, each its run of the labels.
 
     Args:    out, the run folder; without it, a temporary one that lives as long as the model.
@@ -112,6 +115,8 @@ def train(
         left = _run(jobs, n_workers, progress, asked)
     if left or asked.asked:
         raise Stopped(f"{run.path}: {_where(left)}", asked.status)
+    if wants_reranker(run):
+        rerank(run.path, dataset, device=device, workers=workers, progress=progress)
     model = run.load(wanted, device=devices[0])
     if temporary is not None:
         weakref.finalize(model, temporary.cleanup)
@@ -264,12 +269,6 @@ def refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int, 
             f"{run.path}: training writes {needed:,} more bytes of checkpoints and finished repetitions at its fullest, and "
             f"{free:,} are free there; free some space, choose another --out, or train fewer --repetitions at a time"
         )
-
-
-def devices_of(name: str) -> list[str]:
-    """Give the devices that a name stands for: every GPU for `auto`, where there are any."""
-    n_gpus = torch.cuda.device_count()
-    return [f"cuda:{i}" for i in range(n_gpus)] if name == "auto" and n_gpus else [str(resolve_device(name))]
 
 
 def _temporary() -> tuple[Path, tempfile.TemporaryDirectory[str]]:

@@ -317,7 +317,7 @@ def _model(run: Run, dataset: Dataset, pieces: Pieces, device: str) -> Model:
         raise ModelError(f"{run.path}: is run {run.manifest['key']}, the scores are of {record['run']}; give the run that scored")
     if dataset.fingerprint != record["data"]:
         raise DataError(f"{dataset.path}: is data {dataset.fingerprint}, the scores are of {record['data']}")
-    model = run.load(pieces.repetitions, device=device)
+    model = run.load(pieces.repetitions, device=device, rerank=False)
     records = run.records()
     for piece in (piece for shard in pieces.shards for piece in shard):
         r = piece.record["repetition"]

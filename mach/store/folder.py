@@ -3,6 +3,7 @@
     manifest.json                  format number, config, sizes, label table, data fingerprint, versions, checksums
     repetition-003.safetensors     the weights of repetition 3
     repetition-003.json            its size, checksum, seconds and validation figures; written last: with it, it is finished
+    reranker.*                     the second stage (mach.store.reranker), fitted once all repetitions are there
     label_names_*.npy  vectorizer/ as in the data set it was trained on
     checkpoints/  logs/            of work under way (mach.train)
 
@@ -30,10 +31,12 @@ from torch import Tensor
 from mach.config import Config
 from mach.data import Dataset, TextVectorizer
 from mach.data.strings import Strings
+from mach.decoding.rerank import Reranker
 from mach.errors import ConfigError, ModelError
 from mach.files import atomic, checksum, read_json, write_json
 from mach.hashing import LabelTable
 from mach.model import Model, Packed, Sizes, feature_buckets
+from mach.store.reranker import load_reranker, verify_reranker
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -226,12 +229,16 @@ class Run:
                 found.append(f"{name} is missing")
             elif checksum(file) != known:
                 found.append(f"{name} has changed: it does not match its checksum")
-        return found
+        return found + verify_reranker(self.path, self._key())
 
-    def load(self, repetitions: Sequence[int] | None = None, *, skip_broken: bool = False, device: str = "cpu") -> Model:
-        """Load a model: the given repetitions, or all that there should be. On the CPU weights are mapped, not read.
+    def load(
+        self, repetitions: Sequence[int] | None = None, *, skip_broken: bool = False, device: str = "cpu", rerank: bool = True
+    ) -> Model:
+        """Load a model: the given repetitions, or all that there should be, and the re-ranker if there is one and it is wanted.
 
-        Raises: ModelError naming each repetition that is missing or broken, unless those are to be skipped.
+        On the CPU weights are mapped, not read.
+
+        Raises: ModelError naming each repetition that is missing or broken, or the re-ranker, unless those are to be skipped.
         """
         from mach.model import resolve_device
 
@@ -256,7 +263,16 @@ class Run:
             device=place,
             vectorizer=self._vectorizer(),
             label_names=names,
+            reranker=self._reranker(skip_broken) if rerank else None,
         )
+
+    def _reranker(self, skip_broken: bool) -> Reranker | None:
+        try:
+            return load_reranker(self.path, self._key())
+        except ModelError:
+            if skip_broken:
+                return None
+            raise
 
     def label_names(self) -> Strings | None:
         """Give the K label names, or None if labels are only numbers."""
@@ -311,9 +327,9 @@ class Run:
         return Run(self.path, whole)
 
 
-def load(path: str | Path, *, device: str = "auto", skip_broken: bool = False) -> Model:
+def load(path: str | Path, *, device: str = "auto", skip_broken: bool = False, rerank: bool = True) -> Model:
     """Load a trained model from its run folder; see `Run.load`."""
-    return Run.open(path).load(skip_broken=skip_broken, device=device)
+    return Run.open(path).load(skip_broken=skip_broken, device=device, rerank=rerank)
 
 
 def versions() -> dict[str, str]:

@@ -32,7 +32,7 @@ from mach.data.lists import LabelLists, Names, read_labels
 from mach.decoding import TopK
 from mach.errors import DataError
 from mach.files import atomic, clear_leftovers
-from mach.model import Model
+from mach.model import DEFAULT_ESTIMATOR, Model
 
 GROUP_ROWS = 8192  # samples of a row group, and of the work a killed job can lose
 KEY = b"mach"
@@ -202,6 +202,8 @@ def plan(
     n_samples = dataset.split(split).n_samples
     choice.check(n_samples, model.sizes.n_labels, k)
     facts = job_facts(model.table.repetitions, dataset.fingerprint, split, n_samples, k, estimator, run_key) | choice.facts
+    if model.reranker is not None and estimator == DEFAULT_ESTIMATOR:
+        facts["reranker"] = model.reranker.key
     return Parts(Path(out), facts, cuts(0, n_samples))
 
 

@@ -311,6 +311,14 @@ class Group:
                 standing.stopped = 0 < self.config.patience <= standing.epochs_since
 
 
+def held_out_rows(config: Config, dataset: Dataset) -> np.ndarray:
+    """Give the samples of the train split that no repetition is trained on, ascending: none where there is a dev split."""
+    split = dataset.split("train")
+    if "dev" in dataset.split_names and dataset.split("dev").n_samples:
+        return np.empty(0, np.int64)
+    return np.sort(order_of(split.n_samples, config.seed, HELD_OUT, np.arange(round(config.validation * split.n_samples))))
+
+
 def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CSR] | None]:
     """Give how many training samples there are to visit, how many of the train split are held out, and validation samples.
 

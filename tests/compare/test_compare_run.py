@@ -25,7 +25,7 @@ from mach.parallel import train
 from mach.parallel.memory import group_bytes
 from mach.store import Run
 
-SMALL = Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=50)
+SMALL = Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=50, rerank=0)
 HASHED, FULL = Named("hashed", SMALL), Named("full", SMALL.replace(table="identity"))
 
 

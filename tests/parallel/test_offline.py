@@ -26,7 +26,7 @@ N, K = 60, 40
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
-    train(Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=100), tiny, path)
+    train(Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=100, rerank=0), tiny, path)
     return path
 
 
@@ -52,7 +52,7 @@ def asked(monkeypatch):
 @pytest.fixture
 def said(run, tiny):
     """Score every label of every test sample: float64 loops."""
-    model = train(Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=100), tiny, run)
+    model = train(Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=100, rerank=0), tiny, run)
     outputs_NRB, table_RK = model.bucket_logits(tiny.split("test").features), model.table.array()
     return [label_scores(outputs_RB, table_RK, loss="logistic", estimator="logits") for outputs_RB in outputs_NRB.tolist()]
 

@@ -36,7 +36,7 @@ TRUNCATED += [("softmax", "logits"), ("softmax", "log-probs")]
 @pytest.fixture(scope="module", params=["logistic", "softmax"])
 def run(request, tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
-    train(Config(buckets=B, repetitions=3, hidden=8, epochs=2, batch_size=100, loss=request.param), tiny, path)
+    train(Config(buckets=B, repetitions=3, hidden=8, epochs=2, batch_size=100, rerank=0, loss=request.param), tiny, path)
     return Run.open(path)
 
 
@@ -104,7 +104,7 @@ def test_dense_features_and_the_full_head(tiny_dense, tmp_path):
 def test_names_decide_buckets_and_can_be_asked_for(tiny, tmp_path):
     splits = {s: (tiny.split(s).features.to_scipy(), tiny.split(s).labels.to_scipy()) for s in ("train", "test")}
     data = write_dataset(tmp_path / "data", splits, label_names=[f"name {i}" for i in range(K)])
-    train(Config(buckets=B, repetitions=2, hidden=8, epochs=1, family="xxhash"), data, tmp_path / "run")
+    train(Config(buckets=B, repetitions=2, hidden=8, epochs=1, family="xxhash", rerank=0), data, tmp_path / "run")
     score(Run.open(tmp_path / "run"), data, tmp_path / "s")
     (tmp_path / "r").write_text("name 3\nname 17\n9\n")
     decode([tmp_path / "s"], tmp_path / "d", k=2, restrict=tmp_path / "r")
@@ -293,7 +293,7 @@ def test_other_runs_splits_and_cuts_are_refused(run, tiny, tmp_path):
     train(Config(buckets=B, repetitions=5, hidden=9, epochs=1), tiny, tmp_path / "other")
     write_scores(Run.open(tmp_path / "other"), tiny, tmp_path / "run", split="test", repetition=4, shard=(0, 3))
     shutil.copytree(run.path, tmp_path / "more")
-    more = Config(buckets=B, repetitions=5, hidden=8, epochs=2, batch_size=100, loss=run.config.loss)
+    more = Config(buckets=B, repetitions=5, hidden=8, epochs=2, batch_size=100, rerank=0, loss=run.config.loss)
     train(more, tiny, tmp_path / "more", repetitions=[4])
     write_scores(Run.open(tmp_path / "more"), tiny, tmp_path / "split", split="dev", repetition=4, shard=(0, 3))
     write_scores(Run.open(tmp_path / "more"), tiny, tmp_path / "n_shards", split="test", repetition=4, shard=(0, 2))

@@ -27,7 +27,7 @@ N = 60  # samples of the test split
 
 @pytest.fixture(scope="module")
 def model(tiny, tmp_path_factory):
-    config = Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=100)
+    config = Config(buckets=13, repetitions=3, hidden=8, epochs=1, batch_size=100, rerank=0)
     return train(config, tiny, tmp_path_factory.mktemp("runs") / "run")
 
 

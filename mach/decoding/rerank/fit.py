@@ -1,0 +1,244 @@
+"""Fit the weights of every label: a linear SVM with squared hinge loss against the labels that it is confused with.
+
+    min over w, b   |w|^2 / 2 + b^2 / 2 + cost * sum over the label's pairs of max(0, 1 - y (w . x / |x| + b))^2
+
+The pairs of a label are its positive samples (y = 1) and the samples on whose shortlist it stands without being one (y = -1).
+Each label is solved alone, by coordinate descent in the dual with shrinking (Hsieh et al. 2008, A dual coordinate descent method
+for large-scale linear SVM), so labels run in threads, and the answer depends on neither their number nor the blocks. Negatives
+from shortlists instead of all samples are what trees train their last level on (Prabhu et al. 2018, Parabel).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from mach.data import CSR
+from mach.data.csr import read_only
+from mach.decoding.rerank.linear import Reranker
+from mach.kernels import N_THREADS, bits_of, in_threads, jit, jit_ieee
+
+Array = npt.NDArray[np.generic]
+Shortlists = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]  # rows (n,), labels (n, m)
+
+SMALLEST = 0.05  # weights nearer to zero are dropped: a quarter of them is left, and no accuracy lost
+TOLERANCE = 0.1  # of the projected gradient
+PASSES = 50  # at most, over the pairs of a label
+PAIRS = 32 << 20  # held at once, 4 bytes each
+TASKS_A_THREAD = 8
+UNSEEN = -1.0  # the margin of a label that no sample has
+
+
+def fit_reranker(
+    features: CSR,
+    labels: CSR,
+    shortlists: Callable[[], Shortlists],
+    *,
+    cost: float,
+    depth: int,
+    weight: float,
+    pairs: int = PAIRS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reranker:
+    """Fit a re-ranker on N samples with F features and K labels.
+
+    Args:   shortlists, gives parts of (row numbers, their shortlists (n, m)) anew each time it is called, once a block of labels;
+            samples that are in none of them are not trained on, not even as positives.
+            pairs, how many of (label, sample) are held at once: labels are done in blocks that have no more, or one by one.
+            progress(labels done, K).
+    """
+    label_indptr, label_indices = read_only(labels.indptr), read_only(labels.indices)
+    n_labels, used = labels.n_columns, np.zeros(len(labels), np.bool_)
+    counts = np.zeros(n_labels, np.int64)
+    for rows, listed in shortlists():
+        used[rows] = True
+        _count(rows, listed, label_indptr, label_indices, counts)
+    scales = np.empty(len(features), np.float32)
+    values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
+    indptr, indices, values = (read_only(array) for array in (features.indptr, features.indices, values))
+    _scales(indptr, values, scales)
+    fixed = (indptr, indices, values, scales)
+    found: list[tuple[Array, ...]] = []
+    for low, high in blocks(counts, pairs):
+        starts = np.zeros(high - low + 1, np.int64)
+        np.cumsum(counts[low:high], out=starts[1:])
+        samples, at = np.empty(starts[-1], np.int32), starts[:-1].copy()
+        _positives(label_indptr, label_indices, used, low, high, at, samples)
+        n_positive = at - starts[:-1]
+        for rows, listed in shortlists():
+            _negatives(rows, listed, label_indptr, label_indices, low, high, at, samples)
+        found += _solve(fixed, features.n_columns, samples, starts, n_positive, low, cost)
+        if progress is not None:
+            progress(high, n_labels)
+    ends = np.zeros(n_labels + 1, np.int64)
+    np.cumsum(np.concatenate([part[0] for part in found]), out=ends[1:])
+    joined = [np.concatenate([part[i] for part in found]) for i in (1, 2, 3)]
+    return Reranker(ends, joined[0], joined[1], joined[2], features.n_columns, depth, weight)
+
+
+def blocks(counts: npt.NDArray[np.int64], pairs: int) -> list[tuple[int, int]]:
+    """Cut the labels into runs of at most so many pairs each, or of one label."""
+    found, low, total = [], 0, 0
+    for label, count in enumerate(counts.tolist()):
+        if total + count > pairs and label > low:
+            found.append((low, label))
+            low, total = label, 0
+        total += count
+    return [*found, (low, len(counts))]
+
+
+def _solve(
+    fixed: tuple[Array, Array, Array, Array], n_features: int, samples: Array, starts: Array, n_positive: Array, first: int,
+    cost: float,
+) -> list[tuple[Array, ...]]:  # fmt: skip
+    """Solve a block of labels in threads; give (entries a label, their features, their values, biases) of each run of them."""
+    n_labels = len(n_positive)
+    at = np.searchsorted(starts, np.linspace(0, starts[-1], TASKS_A_THREAD * N_THREADS + 1)[1:-1])
+    cuts = list(itertools.pairwise(sorted({0, *np.minimum(at, n_labels).tolist(), n_labels})))
+    parts: list[tuple[Array, ...]] = [()] * len(cuts)
+    indptr, indices, values, scales = fixed
+
+    def solve(i: int) -> None:
+        low, high = cuts[i]
+        parts[i] = _fit(
+            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, cost, SMALLEST
+        )  # fmt: skip
+
+    in_threads(solve, [(i,) for i in range(len(cuts))], N_THREADS)
+    return parts
+
+
+@jit_ieee
+def _scales(indptr: Array, values: Array, scales: Array) -> None:
+    for n in range(len(indptr) - 1):
+        square = np.float32(0)
+        for i in range(indptr[n], indptr[n + 1]):
+            square += values[i] * values[i]
+        scales[n] = np.float32(1) / np.sqrt(square) if square > 0 else np.float32(0)
+
+
+@jit
+def _is_positive(label: int, indptr: Array, indices: Array, row: int) -> bool:
+    at = indptr[row] + np.searchsorted(indices[indptr[row] : indptr[row + 1]], label)
+    return bool(at < indptr[row + 1] and indices[at] == label)
+
+
+@jit
+def _count(rows: Array, listed: Array, indptr: Array, indices: Array, counts: Array) -> None:
+    for n in range(len(rows)):
+        for i in range(indptr[rows[n]], indptr[rows[n] + 1]):
+            counts[indices[i]] += 1
+        for label in listed[n]:
+            if not _is_positive(label, indptr, indices, rows[n]):
+                counts[label] += 1
+
+
+@jit
+def _positives(indptr: Array, indices: Array, used: Array, low: int, high: int, ends: Array, samples: Array) -> None:
+    for row in range(len(used)):
+        if used[row]:
+            for i in range(indptr[row], indptr[row + 1]):
+                label = indices[i]
+                if low <= label < high:
+                    samples[ends[label - low]] = row
+                    ends[label - low] += 1
+
+
+@jit
+def _negatives(
+    rows: Array, listed: Array, indptr: Array, indices: Array, low: int, high: int, ends: Array, samples: Array
+) -> None:
+    for n in range(len(rows)):
+        for label in listed[n]:
+            if low <= label < high and not _is_positive(label, indptr, indices, rows[n]):
+                samples[ends[label - low]] = rows[n]
+                ends[label - low] += 1
+
+
+@jit_ieee
+def _fit(
+    indptr: Array, indices: Array, values: Array, scales: Array, n_features: int, samples: Array, starts: Array,
+    n_positive: Array, first: int, low: int, high: int, cost: float, smallest: float,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Solve the labels [low, high) of a block whose first is `first`; keep what is not near zero."""
+    weights = np.zeros(n_features + 1, np.float32)  # the bias is the last, the weight of a feature that is always one
+    counts, bias = np.zeros(high - low, np.int64), np.full(high - low, np.float32(UNSEEN))
+    features, kept, size = np.empty(1024, np.int32), np.empty(1024, np.uint16), 0
+    for label in range(low, high):
+        if n_positive[label] == 0:
+            continue
+        rows = samples[starts[label] : starts[label + 1]]
+        duals = _descend(indptr, indices, values, scales, rows, n_positive[label], cost, first + label, weights)
+        begin = size
+        for j in range(len(rows)):
+            if duals[j] == 0:
+                continue
+            for i in range(indptr[rows[j]], indptr[rows[j] + 1]):
+                weight = weights[indices[i]]
+                if abs(weight) >= smallest:
+                    if size == len(features):
+                        features = np.concatenate((features, np.empty(size, np.int32)))
+                        kept = np.concatenate((kept, np.empty(size, np.uint16)))
+                    features[size] = indices[i]
+                    kept[size] = bits_of(weight)
+                    size += 1
+                weights[indices[i]] = 0
+        order = np.argsort(features[begin:size])
+        features[begin:size] = features[begin:size][order]
+        kept[begin:size] = kept[begin:size][order]
+        counts[label - low], bias[label - low] = size - begin, weights[n_features]
+        weights[n_features] = 0
+    return counts, features[:size].copy(), kept[:size].copy(), bias
+
+
+@jit_ieee
+def _descend(
+    indptr: Array, indices: Array, values: Array, scales: Array, rows: Array, n_positive: int, cost: float, seed: int,
+    weights: Array,
+) -> Array:  # fmt: skip
+    """Solve one label into `weights`, which come as zeros; give the dual variable of each pair."""
+    n, ridge, state = len(rows), np.float32(0.5 / cost), np.uint64(seed)
+    duals, order = np.zeros(n, np.float32), np.arange(n)
+    active, highest = n, np.float32(np.inf)
+    for _ in range(PASSES):
+        for i in range(active - 1, 0, -1):
+            state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+            j = np.int64((state >> np.uint64(33)) % np.uint64(i + 1))
+            order[i], order[j] = order[j], order[i]
+        most, least, at = np.float32(-np.inf), np.float32(np.inf), 0
+        while at < active:
+            j = order[at]
+            row, sign = rows[j], np.float32(1 if j < n_positive else -1)
+            total = np.float32(0)
+            for i in range(indptr[row], indptr[row + 1]):
+                total += weights[indices[i]] * values[i]
+            slope = sign * (total * scales[row] + weights[-1]) - np.float32(1) + ridge * duals[j]
+            if duals[j] == 0 and slope > 0:
+                if slope > highest:  # will stay at zero: not looked at again before the others have settled
+                    active -= 1
+                    order[at], order[active] = order[active], order[at]
+                    continue
+                most = max(most, np.float32(0))
+                least = min(least, np.float32(0))
+                at += 1
+                continue
+            most, least = max(most, slope), min(least, slope)
+            curve = ridge + np.float32(1 + (1 if scales[row] > 0 else 0))
+            dual = max(np.float32(0), duals[j] - slope / curve)
+            step = sign * (dual - duals[j])
+            duals[j] = dual
+            if step != 0:
+                for i in range(indptr[row], indptr[row + 1]):
+                    weights[indices[i]] += step * scales[row] * values[i]
+                weights[-1] += step
+            at += 1
+        if most - least <= TOLERANCE:
+            if active == n:
+                break
+            active, highest = n, np.float32(np.inf)
+        else:
+            highest = most if most > 0 else np.float32(np.inf)
+    return duals

@@ -1,0 +1,131 @@
+"""Fit the second stage of a finished ensemble: shortlists of the training samples, then the weights, then how much they count."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mach.data import CSR, Dataset, take, take_rows
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit_reranker, fit_weight
+from mach.decoding.rerank.weight import SAMPLES
+from mach.draw import progress_bar
+from mach.errors import ConfigError, ModelError, Stopped
+from mach.model import Model
+from mach.parallel.devices import devices_of
+from mach.parallel.offline import predict
+from mach.store import Run
+from mach.store.predictions import read_facts, read_predictions
+from mach.store.reranker import reranker_record, save_reranker
+from mach.train.loop import held_out_rows
+from mach.train.memory import peak_bytes
+from mach.train.stop import Stop
+
+SHORTLISTS = "shortlists.parquet"
+
+
+def rerank(
+    out: str | Path,
+    dataset: Dataset,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool = False,
+) -> Reranker:
+    """Fit a re-ranker to the finished repetitions of a run folder, and store it there in place of an earlier one.
+
+    The samples that training held out, or the dev split, tell how much a margin counts beside a mean logit; they are not fitted
+    on. What was stopped goes on: finished parts of the shortlists are kept.
+
+    Args:   settings, some of `rerank`, `rerank_cost` and `rerank_weight`, in place of the run's; device and workers as for
+            `predict`; progress, bars on the terminal.
+    Raises: ConfigError if no labels are to be ordered or features are dense; ModelError if a repetition is missing, the data set
+            is not the run's, or the disk refuses; Stopped as `predict`.
+    """
+    run = Run.open(out)
+    config = run.config.replace(**settings or {})
+    depth = min(config.n_reranked(run.sizes.features), run.sizes.n_labels)
+    if not depth:
+        raise ConfigError(f"{run.path}: rerank=0: give the number of labels to order anew, such as --rerank 20")
+    if run.manifest["data"] != dataset.fingerprint:
+        raise ModelError(f"{run.path}: was trained on another data set than {dataset.path}; give that one")
+    n_listed = min(run.sizes.n_labels, depth + math.ceil(run.sizes.labels_a_sample))  # so that some are negatives
+    began, lists = time.perf_counter(), run.path / SHORTLISTS
+    if lists.exists() and read_facts(lists)["k"] != n_listed:
+        lists.unlink()
+    if not lists.exists():
+        with progress_bar("shortlists", shown=progress) as tell:
+            how: dict[str, Any] = {"split": "train", "k": n_listed, "rerank": False}
+            predict(run.path, dataset.path, lists, **how, device=device, workers=workers, progress=tell)
+    listed_s = time.perf_counter() - began
+    train, held = dataset.split("train"), held_out_rows(run.config, dataset)
+    with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop, progress_bar("re-ranker", shown=progress) as tell:
+
+        def told(done: int, total: int) -> None:
+            tell(done, total)
+            if stop.asked and done < total:
+                raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
+
+        found = fit_reranker(
+            _sparse(train.features), train.labels, lambda: _shortlists(lists, held), cost=config.rerank_cost, depth=depth,
+            weight=DEFAULT_WEIGHT, progress=told,
+        )  # fmt: skip
+    if config.rerank_weight == "auto":
+        weight, weight_from = _weight(found, run.load(device=devices_of(device)[0], rerank=False), dataset, held)
+    else:
+        weight, weight_from = float(config.rerank_weight), "given"
+    found = Reranker(found.indptr, found.features, found.values, found.bias, found.n_features, depth, weight)
+    facts = {
+        "cost": config.rerank_cost,
+        "weight_from": weight_from,
+        "listed": n_listed,
+        "repetitions": run.finished(),
+        "listed_s": round(listed_s, 3),
+        "train_s": round(time.perf_counter() - began, 3),
+        "peak_bytes": peak_bytes(torch.device("cpu")),
+    }
+    save_reranker(run.path, run.manifest["key"], found, facts)
+    lists.unlink()
+    return found
+
+
+def wants_reranker(run: Run) -> bool:
+    """Tell whether a run's settings ask for a re-ranker that is not there, and all its repetitions are finished."""
+    wanted = run.config.n_reranked(run.sizes.features) > 0
+    return wanted and not run.problems() and reranker_record(run.path) is None
+
+
+def _shortlists(file: Path, held: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Yield the rows and shortlists of a prediction file, without those of the samples held out."""
+    for rows, top in read_predictions(file):
+        fitted = ~np.isin(rows, held)
+        yield rows[fitted], np.ascontiguousarray(top.labels[fitted])
+
+
+def _weight(found: Reranker, model: Model, dataset: Dataset, held: npt.NDArray[np.int64]) -> tuple[float, str]:
+    """Fit how much a margin counts on samples that nothing was trained on; give it, and what they are."""
+    name = "dev" if "dev" in dataset.split_names and dataset.split("dev").n_samples else "held out"
+    split = dataset.split("dev" if name == "dev" else "train")
+    rows = np.arange(split.n_samples) if name == "dev" else held
+    if not len(rows):
+        return DEFAULT_WEIGHT, "default"
+    rows = rows[:: -(-len(rows) // SAMPLES)]
+    features, truth = take(split.features, rows), take_rows(split.labels, rows)
+    top = model.predict_topk(features, found.depth)
+    own = np.split(truth.indices, truth.indptr[1:-1])
+    right = np.array([np.isin(labels, labels_n) for labels, labels_n in zip(top.labels, own, strict=True)])
+    return fit_weight(top.scores / len(model.repetitions), found.margins(_sparse(features), top.labels), right), name
+
+
+def _sparse(features: CSR | np.ndarray) -> CSR:
+    if not isinstance(features, CSR):
+        raise ConfigError("rerank needs sparse features")
+    return features

@@ -1,0 +1,158 @@
+"""The second stage against slow references: its weights, its margins and the order it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.svm import LinearSVC
+
+from mach.data import CSR
+from mach.decoding import TopK
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit, fit_reranker, fit_weight
+from mach.decoding.rerank.fit import UNSEEN, blocks
+from mach.errors import ConfigError
+from mach.kernels import bits_of, float_of
+
+N, F, K, M = 60, 25, 12, 5
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(3)
+    X = sp.random(N, F, 0.3, random_state=4, dtype=np.float32, data_rvs=lambda n: rng.normal(size=n).astype(np.float32))
+    truth = rng.random((N, K)) < 0.2
+    truth[:, 7] = False  # a label that nobody has
+    listed = np.stack([rng.permutation(K)[:M] for _ in range(N)])
+    return CSR.from_scipy(X), CSR.from_scipy(truth.astype(np.float32), with_values=False), truth, listed
+
+
+def scaled(features: CSR) -> np.ndarray:
+    X = features.to_scipy().toarray().astype(np.float64)
+    lengths = np.linalg.norm(X, axis=1, keepdims=True)
+    return np.divide(X, lengths, out=np.zeros_like(X), where=lengths > 0)
+
+
+def dense(found: Reranker) -> np.ndarray:
+    """Give the weights as (K, F) float64."""
+    W = np.zeros((len(found.bias), found.n_features))
+    for k, (a, b) in enumerate(zip(found.indptr, found.indptr[1:], strict=False)):
+        W[k, found.features[a:b]] = [float_of(bits) for bits in found.values[a:b]]
+    return W
+
+
+def fitted(features, labels, parts, *, cost=1.0, **how):
+    return fit_reranker(features, labels, lambda: parts, cost=cost, depth=4, weight=1.5, **how)
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.2, 2.0])
+def test_each_label_is_solved_as_a_linear_svm(data, monkeypatch, cost):
+    features, labels, truth, listed = data
+    monkeypatch.setattr(fit, "SMALLEST", 1e-12)
+    found = fitted(features, labels, [(np.arange(N), listed)], cost=cost)
+    W, X = dense(found), scaled(features)
+
+    def loss(w, b, rows, y):
+        return (w @ w + b * b) / 2 + cost * np.square(np.maximum(0, 1 - y * (X[rows] @ w + b))).sum()
+
+    for k in range(K):
+        rows = np.flatnonzero(truth[:, k] | (listed == k).any(1))  # its positives, and who lists it
+        if k == 7:
+            assert found.bias[k] == UNSEEN and not W[k].any()
+            continue
+        y = np.where(truth[rows, k], 1.0, -1.0)
+        best = LinearSVC(C=cost, tol=1e-8, max_iter=100_000, dual=True).fit(X[rows], y)
+        least = loss(best.coef_[0], best.intercept_[0], rows, y)
+        assert loss(W[k], found.bias[k], rows, y) <= 1.02 * least  # to the tolerance, and the rounding to bfloat16
+
+
+def test_weights_near_zero_are_dropped_and_the_rest_kept(data, monkeypatch):
+    features, labels, _, listed = data
+    every = fitted(features, labels, [(np.arange(N), listed)])
+    monkeypatch.setattr(fit, "SMALLEST", 1e-12)
+    whole = dense(fitted(features, labels, [(np.arange(N), listed)]))
+    assert np.array_equal(dense(every), np.where(np.abs(whole) >= 0.05, whole, 0)) and (np.abs(whole) < 0.05).any()
+
+
+def test_neither_blocks_nor_parts_nor_threads_matter(data, monkeypatch):
+    features, labels, _, listed = data
+    rows = np.arange(N)
+    one = fitted(features, labels, [(rows, listed)])
+    said = []
+    for pairs, n_threads in ((1, 1), (40, 3)):
+        monkeypatch.setattr(fit, "N_THREADS", n_threads)
+        parts = [(rows[:17], listed[:17]), (rows[17:], listed[17:])]
+        other = fitted(features, labels, parts, pairs=pairs, progress=lambda done, total: said.append((done, total)))
+        assert other.key == one.key
+    assert said[:K] == [(k + 1, K) for k in range(K)] and said[-1] == (K, K)
+
+
+def test_samples_in_no_shortlist_are_not_trained_on(data):
+    features, labels, truth, listed = data
+    some = np.flatnonzero(np.arange(N) % 3)
+    part = fitted(features, labels, [(some, listed[some])])
+    X = CSR.from_scipy(features.to_scipy()[some])
+    Y = CSR.from_scipy(truth[some].astype(np.float32), with_values=False)
+    assert part.key == fitted(X, Y, [(np.arange(len(some)), listed[some])]).key
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 20))
+def test_blocks_cover_the_labels_within_the_limit(counts, pairs):
+    cuts = blocks(np.array(counts), pairs)
+    assert [low for low, _ in cuts] == [0, *(high for _, high in cuts[:-1])] and cuts[-1][1] == len(counts)
+    assert all(sum(counts[low:high]) <= pairs or high == low + 1 for low, high in cuts)
+
+
+def made(rng: np.random.Generator, *, depth: int = 4, weight: float = 1.5) -> Reranker:
+    W = sp.random(K, F, 0.4, random_state=int(rng.integers(1000)), format="csr", dtype=np.float32)
+    values = np.array([bits_of(np.float32(x)) for x in W.data], np.uint16)
+    bias = rng.normal(size=K).astype(np.float32)
+    return Reranker(W.indptr.astype(np.int64), W.indices.astype(np.int32), values, bias, F, depth, weight)
+
+
+def test_margins_are_those_of_a_dense_product(data):
+    features, rng = data[0], np.random.default_rng(0)
+    found = made(rng)
+    labels = rng.integers(0, K, (N, 6))
+    expected = np.take_along_axis(scaled(features) @ dense(found).T + found.bias, labels, 1)
+    assert np.allclose(found.margins(features, labels), expected, atol=1e-5)
+    empty = CSR(np.zeros(2, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), F)
+    assert np.array_equal(found.margins(empty, labels[:1]), found.bias[labels[:1]])
+    with pytest.raises(ConfigError, match="the samples have 3 features, the re-ranker was fitted on 25"):
+        found.margins(CSR(empty.indptr, empty.indices, empty.values, 3), labels[:1])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_the_order_is_that_of_the_sums(seed, depth, k, has_ties):
+    rng = np.random.default_rng(seed)
+    found = made(rng, depth=depth)
+    X = sp.random(9, F, 0.3, random_state=seed % 1000, format="csr", dtype=np.float32)
+    features = CSR.from_scipy(X)
+    n = max(k, min(depth, K))
+    labels = np.stack([rng.permutation(K)[:n] for _ in range(9)])
+    scores = -np.sort(-rng.normal(size=(9, n)).round(0 if has_ties else 9), axis=1).astype(np.float32)
+    if has_ties:
+        found = dataclasses.replace(found, bias=np.zeros(K, np.float32), indptr=np.zeros(K + 1, np.int64))
+    top = found.rerank(features, TopK(labels, scores), k, 3)
+    margins = found.margins(features, labels)
+    for i in range(9):
+        first = [(-(float(scores[i, j]) + 4.5 * float(margins[i, j])), labels[i, j]) for j in range(min(depth, n))]
+        expected = [label for _, label in sorted((round(s, 4), label) for s, label in first)] + list(labels[i, depth:])
+        assert top.labels[i].tolist() == expected[:k]
+        assert (np.diff(top.scores[i]) <= 0).all()
+        later = top.scores[i, depth:]
+        assert np.allclose(np.diff(later), np.diff(scores[i, depth:k]), atol=1e-4)
+
+
+def test_the_weight_is_that_of_a_logistic_regression():
+    rng = np.random.default_rng(0)
+    logits, margins = rng.normal(size=(2, 3000, 4))
+    right = rng.random((3000, 4)) < 1 / (1 + np.exp(-(1.2 * logits + 3.6 * margins - 1)))
+    assert fit_weight(logits, margins, right) == pytest.approx(3, rel=0.1)
+    assert fit_weight(logits, -margins, right) == 0
+    assert fit_weight(-logits, margins, right) == DEFAULT_WEIGHT == fit_weight(logits, margins, np.ones_like(right))
