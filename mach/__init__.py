@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Calibration": "mach.calibration",
     "Config": "mach.config",
     "ConfigError": "mach.errors",
     "DataError": "mach.errors",
@@ -23,7 +24,9 @@ _WHERE = {
     "Model": "mach.model",
     "ModelError": "mach.errors",
     "TopK": "mach.decoding",
+    "calibrate": "mach.parallel",
     "load": "mach.store",
+    "load_calibration": "mach.store",
     "load_config": "mach.config",
     "precision_at_k": "mach.metrics",
     "prepare": "mach.data",
@@ -33,6 +36,7 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from mach.calibration import Calibration as Calibration
     from mach.config import Config as Config
     from mach.config import load_config as load_config
     from mach.data import Dataset as Dataset
@@ -46,8 +50,10 @@ if TYPE_CHECKING:
     from mach.hashing import LabelTable as LabelTable
     from mach.metrics import precision_at_k as precision_at_k
     from mach.model import Model as Model
+    from mach.parallel import calibrate as calibrate
     from mach.parallel import train as train
     from mach.store import load as load
+    from mach.store import load_calibration as load_calibration
 
 
 def __getattr__(name: str) -> Any:

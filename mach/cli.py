@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mach.config import Config, Estimator, load_config
-from mach.draw import bar, progress_bar
+from mach.draw import progress_bar
 from mach.errors import DataError, MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
@@ -121,6 +120,24 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--no-rerank", action="store_true", help="without the run's re-ranker: what decoding alone finds")
     _add_choice(predict)
     _add_asking(predict)
+    group = predict.add_argument_group("of a calibrated run")
+    group.add_argument("--probabilities", action="store_true", help="also a column of them")
+    group.add_argument("--precision", type=float, metavar="P", help="keep only labels above the threshold for this precision")
+    group.add_argument("--min-probability", type=float, metavar="P", help="keep only labels at least this probable")
+
+    calibrate = command(
+        "calibrate", _calibrate, "Fit a map from a run's scores to probabilities, and thresholds, on held-out samples."
+    )
+    calibrate.add_argument("model", metavar="RUN", help="a run folder; calibration.json is written into it")
+    calibrate.add_argument("data", help="a data set")
+    calibrate.add_argument("--split", default="dev", help="dev, test, or validation: what training held out (default dev)")
+    calibrate.add_argument("--top-k", type=int, help="labels a sample (default 100, or all K if they are fewer)")
+    calibrate.add_argument(
+        "--precision", type=float, nargs="+", metavar="P", help="find thresholds for these (default 0.5 to 0.99)"
+    )
+    calibrate.add_argument("--plot", metavar="FILE", help="draw a reliability diagram, too: .png, .svg or .pdf")
+    calibrate.add_argument("--json", action="store_true")
+    _add_asking(calibrate)
 
     score = command("score", _score, "Write what one repetition says of one shard of a split's samples, for `mach decode`.")
     score.add_argument("model", metavar="RUN", help="a run folder")
@@ -367,11 +384,45 @@ def _predict(args: argparse.Namespace) -> None:
             rerank=not args.no_rerank,
             restrict=args.restrict,
             exclude=args.exclude,
+            probabilities=args.probabilities,
+            precision=args.precision,
+            min_probability=args.min_probability,
             device=args.device,
             workers=args.workers,
             progress=progress,
         )
     _say(f"{args.out}: {n_rows:,} rows")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from mach.data import Dataset
+    from mach.inspect.plot import check_ending
+    from mach.inspect.reliability import plot_calibration, show_calibration
+    from mach.parallel.calibrating import PRECISIONS, calibrate
+    from mach.store.calibration import FILE
+
+    if args.plot:
+        check_ending(args.plot)
+    with progress_bar("predicting") as progress:
+        found = calibrate(
+            args.model,
+            Dataset.open(args.data),
+            split=args.split,
+            k=args.top_k,
+            estimator=args.estimator,
+            repetitions=_numbers(args.repetitions),
+            skip_broken=args.skip_broken,
+            precisions=args.precision or PRECISIONS,
+            device=args.device,
+            progress=progress,
+        )
+    if args.plot:
+        plot_calibration(found, args.plot)
+    if args.json:
+        return _say(json.dumps({"of": found.of, "measured": found.measured, "thresholds": list(map(asdict, found.thresholds))}))
+    for line in show_calibration(found):
+        _say(line)
+    _say(f"kept: {Path(args.model) / FILE}")
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -433,29 +484,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _ask(args: argparse.Namespace) -> None:
+    from mach.inspect.ask import ask, json_lines, text_lines
+
     model = _load(args)
-    estimator = args.estimator
-    if (estimator, model.config.loss, args.json) == ("logits", "softmax", False):
-        estimator = "log-probs"  # ranks alike, and can be drawn as a probability
-    top = model.predict_topk(args.text, args.top_k, estimator=estimator)
-    shares = _shares(top.scores, estimator, len(model.repetitions))
-    for text, labels, scores, share in zip(args.text, top.labels.tolist(), top.scores.tolist(), shares, strict=True):
-        if args.json:
-            answers = [{"label": k, "name": model.name_of(k), "score": s} for k, s in zip(labels, scores, strict=True)]
-            _say(json.dumps({"text": text, "answers": answers}, ensure_ascii=False))
-            continue
-        _say(text)
-        for label, part in zip(labels, share, strict=True):
-            _say(f"  {bar(part)} {part:4.2f}  {model.name_of(label)}")
-
-
-def _shares(scores: Any, estimator: str, n_repetitions: int) -> list[list[float]]:
-    """Put scores on a scale from 0 to 1 for people: the mean of logits or of log-probabilities as a probability."""
-    if estimator == "logits":
-        return [[1 / (1 + math.exp(-max(-60.0, s / n_repetitions))) for s in row] for row in scores.tolist()]
-    if estimator == "log-probs":
-        return [[math.exp(min(0.0, s / n_repetitions)) for s in row] for row in scores.tolist()]
-    return [[min(1.0, max(0.0, s)) for s in row] for row in scores.tolist()]
+    found = ask(args.model, model, args.text, args.top_k, estimator=args.estimator, as_asked=args.json)
+    if found.doubt:
+        print(f"mach ask: {found.doubt}", file=sys.stderr)
+    for line in (json_lines if args.json else text_lines)(found, model, args.text):
+        _say(line)
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -516,12 +552,13 @@ def _inspect(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from mach.data import Dataset
     from mach.store import Run
+    from mach.store.calibration import trouble
 
     if "splits" in _manifest(args.model):
         Dataset.open(args.model).verify()
         return _say(f"{args.model}: every file matches its checksum")
     run = Run.open(args.model)
-    problems = run.verify()
+    problems = run.verify() + ([broken] if (broken := trouble(args.model)) else [])
     if problems:
         raise ModelError(f"{args.model}: {'; '.join(problems)}")
     _say(f"{args.model}: {_repetitions(len(run.finished()))}, every file matches its checksum")
@@ -538,8 +575,6 @@ def _manifest(folder: str) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
     from mach.hashing.bounds import propose
 
     plan = propose(args.labels, args.features, args.memory, args.delta, args.hidden, args.active_features)

@@ -140,6 +140,14 @@ class _Chunk:
         return np.concatenate([[1.0], np.cumsum(_discounts(k))])[np.minimum(self.n_true_N, k)]
 
 
+def hits(labels_Nk: Array, truth: Rows) -> Array:
+    """Tell of each predicted label whether it is true: bool (N, k), False where a list has ended.
+
+    Raises: DataError as the module says.
+    """
+    return _Chunk.of(labels_Nk, truth).hits_Nk
+
+
 def _discounts(k: int) -> Array:
     return 1.0 / np.log2(np.arange(2, k + 2))
 

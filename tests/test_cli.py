@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import resource
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from mach import cli
 from mach.config import Config
 from mach.data import Dataset
-from mach.store import Run, predictions
+from mach.store import Run, load_calibration, predictions
 from mach.train import group
 
 SMALL = ["--buckets", "13", "--hidden", "8", "--epochs", "1", "--batch-size", "50", "--rerank", "0"]
@@ -142,8 +141,8 @@ def test_help_is_light_and_quick():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
-    commands = "prepare train rerank predict score decode evaluate ask compare inspect verify plan"
-    assert re.findall(r"^    ([a-z]+) ", done.stdout, flags=re.M) == commands.split()
+    commands = "prepare train rerank predict calibrate score decode evaluate ask compare inspect verify plan"
+    assert re.findall(r"^    ([a-z]+)(?: |$)", done.stdout, flags=re.M) == commands.split()
 
 
 def test_it_is_a_module_and_a_closed_pipe_is_no_trouble():
@@ -156,7 +155,8 @@ def test_it_is_a_module_and_a_closed_pipe_is_no_trouble():
 
 
 def test_each_command_explains_itself(mach):
-    for command in ("prepare", "train", "predict", "score", "decode", "evaluate", "ask", "compare", "inspect", "verify", "plan"):
+    commands = "prepare train rerank predict calibrate score decode evaluate ask compare inspect verify plan"
+    for command in commands.split():
         status, out, _ = mach(command, "--help")
         assert status == 0 and out.startswith(f"usage: mach {command} ")
     _, out, _ = mach("train", "--help")
@@ -458,6 +458,35 @@ def test_evaluate_options(works, predicted, tiny):
     assert amazon["P@1"] == found["P@1"] and amazon["PSP@1"] != found["PSP@1"]
 
 
+def test_calibrate_then_predict_and_evaluate(works, fails, run, tiny, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    p = tmp_path / "p.parquet"
+    fails("run: is not calibrated .*; make one with `mach calibrate`", "predict", run, tiny.path, "--probabilities", "--out", p)
+    fails("plot='a.gif' must end with one of .png, .svg, .pdf", "calibrate", run, tiny.path, "--plot", "a.gif")
+    out = works("calibrate", run, tiny.path, "--precision", "0.2", "1", "--top-k", "9", "--plot", tmp_path / "a.svg")
+    assert out.startswith("40 samples of dev, the 9 best labels of each") and (tmp_path / "a.svg").exists()
+    assert "expected calibration error, ECE@9" in out and out.endswith(f"kept: {run / 'calibration.json'}\n")
+    found = json.loads(works("calibrate", run, tiny.path, "--precision", "0.2", "1", "--top-k", "9", "--json"))
+    assert found["of"]["k"] == 9 and [each["wanted"] for each in found["thresholds"]] == [0.2, 1.0]
+    works("verify", run)
+    works("predict", run, tiny.path, "--probabilities", "--top-k", "9", "--out", p)
+    assert pq.read_schema(p).names == ["row", "labels", "scores", "probabilities"]
+    lines = works("evaluate", p, tiny.path).splitlines()[1:]
+    assert [line.split()[0] for line in lines][-4:] == ["ECE@1", "ECE@5", "Brier@1", "Brier@5"]
+    works("predict", run, tiny.path, "--precision", "0.2", "--top-k", "9", "--out", p)
+    measured = json.loads(works("evaluate", p, tiny.path, "--json"))
+    assert list(measured)[-3:] == ["precision", "recall", "coverage"] and 0 < measured["recall"] < 1
+    fails("precision=0.8 has no threshold", "predict", run, tiny.path, "--precision", "0.8", "--out", p)
+    fails(r"min_probability=2 must lie in \(0, 1\]", "predict", run, tiny.path, "--min-probability", "2", "--out", p)
+    fails(
+        "was fitted on other scores .*estimator logits there, mean now",
+        "predict", run, tiny.path, "--probabilities", "--estimator", "mean", "--out", p,
+    )  # fmt: skip
+    fails("trained on its split 'train'", "calibrate", run, tiny.path, "--split", "train")
+    flip_a_byte(run / "calibration.json")
+    fails("calibration.json: is broken", "verify", run)
+
+
 def test_evaluate_bad_input(fails, predicted, tiny, text, run, tmp_path):
     fails("absent: there is no such file; make it with `mach predict`", "evaluate", tmp_path / "absent", tiny.path)
     fails("is not a prediction file of `mach predict`", "evaluate", run / "manifest.json", tiny.path)
@@ -501,6 +530,26 @@ def test_ask_as_json(works, text):
     assert found[0]["answers"] == [
         {"label": k, "name": name, "score": s} for k, name, s in zip(top.labels[0], names, top.scores[0].tolist(), strict=True)
     ]
+
+
+def test_a_calibrated_run_is_believed(works, mach, text, tmp_path):
+    run, held = tmp_path / "run", tmp_path / "held.tsv"
+    held.write_text("".join(f"{name} {word}\t{name}\n" for name in PLACES for word in ("region", "airport", "old town")))
+    works("prepare", text[0].parent / "train.tsv", "--dev", held, "--out", tmp_path / "data")
+    settings = ["--buckets", "4", "--repetitions", "4", "--hidden", "16", "--epochs", "9", "--batch-size", "10"]
+    works("train", tmp_path / "data", "--out", run, *settings)
+    before = json.loads(works("ask", run, "Oslo airport", "--json"))["answers"]
+    assert list(before[0]) == ["label", "name", "score"]
+    works("calibrate", run, tmp_path / "data", "--top-k", "6")
+    after = json.loads(works("ask", run, "Oslo airport", "--json"))["answers"]
+    found = load_calibration(run, Run.open(run).load())
+    assert [each["probability"] for each in after] == pytest.approx(found.probabilities([each["score"] for each in before]))
+    assert [{**each, "probability": 0} for each in after] == [{**each, "probability": 0} for each in before]
+    (line,) = works("ask", run, "Oslo airport", "--top-k", "1").splitlines()[1:]
+    assert f" {after[0]['probability']:.2f}  Oslo" in line
+    status, out, err = mach("ask", run, "Oslo airport", "--json", "--repetitions", "2")
+    assert status == 0 and "probability" not in out
+    assert re.fullmatch(r"mach ask: not calibrated: .*repetitions 0-3 there, 0-1 now.*\n", err)
 
 
 def test_ask_bad_input(fails, run, text, tmp_path):
@@ -673,21 +722,6 @@ def test_counts_as_people_write_them(text, n):
 def test_counts_that_are_none(text):
     with pytest.raises(ArgumentTypeError, match="is not a count"):
         cli._count(text)
-
-
-@given(
-    st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=9),
-    st.sampled_from(["logits", "log-probs", "mean", "min", "median"]),
-)
-def test_shares_lie_between_0_and_1_and_keep_the_order(scores, estimator):
-    (shares,) = cli._shares(np.array([sorted(scores)], np.float32), estimator, 4)
-    assert all(0 <= share <= 1 for share in shares) and shares == sorted(shares)
-
-
-def test_shares_are_means_over_the_repetitions():
-    assert cli._shares(np.array([[0.0, 4 * math.log(3)]]), "logits", 4) == [[0.5, pytest.approx(0.75)]]
-    assert cli._shares(np.array([[2 * math.log(0.3)]]), "log-probs", 2) == [[pytest.approx(0.3)]]
-    assert cli._shares(np.array([[-0.1, 0.4]]), "mean", 2) == [[0.0, 0.4]]
 
 
 def test_version(capsys):

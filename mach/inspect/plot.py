@@ -27,9 +27,7 @@ def plot(histories: Sequence[History], path: str | Path) -> None:
 
     Raises: ConfigError for another ending than .png, .svg or .pdf; ModelError if nothing is logged yet or the disk refuses.
     """
-    path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise ConfigError(f"plot={str(path)!r} must end with one of {', '.join(ENDINGS)}")
+    check_ending(path)
     histories = [history for history in histories if history.steps]
     if not histories:
         raise ModelError("there is no step in the run's logs yet: nothing to draw")
@@ -47,6 +45,17 @@ def plot(histories: Sequence[History], path: str | Path) -> None:
             if line["event"] == "stopped":
                 for panel in panels:
                     panel.axvline(line["wall_s"], color=_colour(i), linewidth=1, linestyle=(0, (5, 3)))
+    save(figure, path)
+
+
+def check_ending(path: str | Path) -> None:
+    """Raise ConfigError unless a figure's file ends as one that can be drawn."""
+    if Path(path).suffix not in ENDINGS:
+        raise ConfigError(f"plot={str(path)!r} must end with one of {', '.join(ENDINGS)}")
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure; ModelError if the disk refuses."""
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import torch
@@ -18,6 +19,7 @@ from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel.devices import devices_of
+from mach.store.calibration import trust_in
 from mach.store.folder import Run
 from mach.store.predictions import Choice, Parts, plan, write_parts
 from mach.train.stop import Stop, leave_interrupts_to_the_parent
@@ -58,6 +60,9 @@ def predict(
     rerank: bool = True,
     restrict: str | Path | None = None,
     exclude: str | Path | None = None,
+    probabilities: bool = False,
+    precision: float | None = None,
+    min_probability: float | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -70,6 +75,8 @@ def predict(
     Args:   k, labels a sample (default 100, or all); rerank, with the run's re-ranker if it has one; restrict and exclude, files
             of labels to choose among, and of what each sample may not find (`mach.data.lists`); workers, processes (default: one
             a GPU, or one).
+            probabilities, a column of them, from the run's calibration; precision and min_probability, keep only labels above the
+            threshold that was found for this precision, or at least this probable, and give the column, too.
     Raises: ConfigError, DataError or ModelError: what came, what is allowed, what to do.
             Stopped, a KeyboardInterrupt, after SIGTERM or Ctrl-C: each worker has finished its part, and the same call goes on.
     """
@@ -82,7 +89,9 @@ def predict(
     n_samples, n_labels = dataset.split(split).n_samples, model.sizes.n_labels
     choice = Choice.read(n_samples, n_labels, model.label_names, restrict=restrict, exclude=exclude)
     k = choice.default_k(n_labels) if k is None else k
-    parts = plan(model, dataset, split, out, k=k, estimator=estimator, run_key=opened.manifest["key"], choice=choice)
+    wanted: dict[str, Any] = {"probabilities": probabilities, "precision": precision, "min_probability": min_probability}
+    trust, key = trust_in(opened.path, model, estimator, **wanted), opened.manifest["key"]
+    parts = plan(model, dataset, split, out, k=k, estimator=estimator, run_key=key, choice=choice, trust=trust)
     with parts.open():
         left = parts.left()
         asked = Stop(parts.folder / f".stop.{os.getpid()}.tmp")

@@ -6,7 +6,8 @@ held. One file, not a folder of parts: it is what `mach evaluate` and other read
 once.
 
 Rows of `mach decode` from truncated scores have one more column, `certified` (bool): whether the row is proved to be the answer
-of full scores.
+of full scores. Rows of a calibrated job have a column `probabilities` (list<float32>), and may hold fewer than k labels: those
+that it keeps.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mach.decoding import TopK
 from mach.errors import DataError
 from mach.files import atomic, clear_leftovers
 from mach.model import DEFAULT_ESTIMATOR, Model
+from mach.store.calibration import Trust
 
 GROUP_ROWS = 8192  # samples of a row group, and of the work a killed job can lose
 KEY = b"mach"
@@ -40,6 +42,7 @@ SCHEMA = pa.schema(
     [("row", pa.int64()), ("labels", pa.list_(pa.int64())), ("scores", pa.list_(pa.float32()))],
 )
 CERTIFIED = pa.field("certified", pa.bool_())
+PROBABILITIES = pa.field("probabilities", pa.list_(pa.float32()))
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Parts:
     facts: Mapping[str, Any]
     cuts: tuple[int, ...]
     with_certified: bool = False
+    trust: Trust | None = None  # where probabilities are written, too
 
     @cached_property
     def folder(self) -> Path:
@@ -116,7 +120,8 @@ class Parts:
     @cached_property
     def schema(self) -> pa.Schema:
         """Give the columns, and the facts as metadata."""
-        schema = SCHEMA.append(CERTIFIED) if self.with_certified else SCHEMA
+        schema = SCHEMA if self.trust is None else SCHEMA.append(PROBABILITIES)
+        schema = schema.append(CERTIFIED) if self.with_certified else schema
         return schema.with_metadata({KEY: json.dumps(self.facts).encode()})
 
     @property
@@ -142,10 +147,14 @@ class Parts:
 
     def write(self, part: int, top: TopK, certified: npt.NDArray[np.bool_] | None = None) -> None:
         """Write a part, whole or not at all."""
-        offsets = np.arange(len(top.labels) + 1, dtype=np.int32) * top.labels.shape[1]
-        labels = pa.ListArray.from_arrays(offsets, top.labels.ravel())
-        scores = pa.ListArray.from_arrays(offsets, top.scores.ravel())
-        columns = [pa.array(self.rows(part)), labels, scores, *([pa.array(certified)] if self.with_certified else [])]
+        lists: list[npt.NDArray[Any]] = [top.labels, top.scores]
+        is_kept_Nk = np.ones(top.labels.shape, bool)
+        if self.trust is not None:
+            probabilities = self.trust.calibration.probabilities(top.scores)
+            lists, is_kept_Nk = [*lists, probabilities], self.trust.keep(top.scores, probabilities)
+        offsets = np.concatenate([[0], np.cumsum(is_kept_Nk.sum(1))]).astype(np.int32)
+        columns = [pa.array(self.rows(part)), *(pa.ListArray.from_arrays(offsets, each[is_kept_Nk]) for each in lists)]
+        columns += [pa.array(certified)] if self.with_certified else []
         with atomic(self.file(part)) as temporary:
             pq.write_table(pa.Table.from_arrays(columns, schema=self.schema), temporary)
 
@@ -192,8 +201,9 @@ class Parts:
 
 
 def plan(
-    model: Model, dataset: Dataset, split: str, out: str | Path, *, k: int, estimator: Estimator, run_key: str, choice: Choice
-) -> Parts:
+    model: Model, dataset: Dataset, split: str, out: str | Path, *, k: int, estimator: Estimator, run_key: str, choice: Choice,
+    trust: Trust | None = None,
+) -> Parts:  # fmt: skip
     """Plan the prediction of every sample of a split.
 
     Raises: DataError if the data set does not fit the model or lacks the split, or a line of the choice is wrong.
@@ -204,7 +214,8 @@ def plan(
     facts = job_facts(model.table.repetitions, dataset.fingerprint, split, n_samples, k, estimator, run_key) | choice.facts
     if model.reranker is not None and estimator == DEFAULT_ESTIMATOR:
         facts["reranker"] = model.reranker.key
-    return Parts(Path(out), facts, cuts(0, n_samples))
+    facts |= {} if trust is None else trust.facts
+    return Parts(Path(out), facts, cuts(0, n_samples), trust=trust)
 
 
 def check_fits(model: Model, dataset: Dataset) -> None:
@@ -289,11 +300,36 @@ def read_facts(path: str | Path) -> Mapping[str, Any]:
         raise DataError(f"{path}: is not a prediction file of `mach predict` (Parquet with row, labels, scores)") from error
 
 
-def read_predictions(path: str | Path) -> Iterator[tuple[np.ndarray, TopK]]:
-    """Yield (rows (n,), their TopK) a row group at a time."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A row group of a prediction file; a list that ends early goes on with label -1, score -inf and probability 0."""
+
+    rows: npt.NDArray[np.int64]  # (n,)
+    top: TopK  # (n, k)
+    probabilities: npt.NDArray[np.float32] | None  # (n, k), of a calibrated job
+
+
+def read_groups(path: str | Path) -> Iterator[Group]:
+    """Yield what a prediction file says, a row group at a time."""
+    k = read_facts(path)["k"]
     with pq.ParquetFile(path) as file:
         for i in range(file.num_row_groups):
             table = file.read_row_group(i)
-            rows = table["row"].to_numpy()
-            labels, scores = (table[name].combine_chunks().flatten().to_numpy() for name in ("labels", "scores"))
-            yield rows, TopK(labels.reshape(len(rows), -1), scores.reshape(len(rows), -1))
+            labels, scores = (_padded(table[name], k, end) for name, end in (("labels", -1), ("scores", -np.inf)))
+            has_more = PROBABILITIES.name in table.column_names
+            probabilities = _padded(table[PROBABILITIES.name], k, 0) if has_more else None
+            yield Group(table["row"].to_numpy(), TopK(labels, scores), probabilities)
+
+
+def _padded(column: pa.ChunkedArray, k: int, end: float) -> np.ndarray:
+    lists = column.combine_chunks()
+    values = lists.flatten().to_numpy()
+    padded_Nk = np.full((len(lists), k), end, values.dtype)
+    padded_Nk[np.arange(k) < lists.value_lengths().to_numpy()[:, None]] = values
+    return padded_Nk
+
+
+def read_predictions(path: str | Path) -> Iterator[tuple[np.ndarray, TopK]]:
+    """Yield (rows (n,), their TopK) a row group at a time; see `Group` for lists that end early."""
+    for group in read_groups(path):
+        yield group.rows, group.top

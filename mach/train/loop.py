@@ -312,11 +312,14 @@ class Group:
 
 
 def held_out_rows(config: Config, dataset: Dataset) -> np.ndarray:
-    """Give the samples of the train split that no repetition is trained on, ascending: none where there is a dev split."""
-    split = dataset.split("train")
-    if "dev" in dataset.split_names and dataset.split("dev").n_samples:
-        return np.empty(0, np.int64)
-    return np.sort(order_of(split.n_samples, config.seed, HELD_OUT, np.arange(round(config.validation * split.n_samples))))
+    """Give all rows of the train split that a run of this config never trains on, rising; none if there is a dev split."""
+    n_samples = dataset.split("train").n_samples
+    n_held = 0 if _has_dev(dataset) else round(config.validation * n_samples)
+    return np.sort(order_of(n_samples, config.seed, HELD_OUT, np.arange(n_held)))
+
+
+def _has_dev(dataset: Dataset) -> bool:
+    return "dev" in dataset.split_names and dataset.split("dev").n_samples > 0
 
 
 def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CSR] | None]:
@@ -328,7 +331,7 @@ def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CS
     """
     split, n_held = dataset.split("train"), 0
     n_samples = split.n_samples
-    if "dev" in dataset.split_names and dataset.split("dev").n_samples:
+    if _has_dev(dataset):
         split = dataset.split("dev")
         n_validation = split.n_samples
     else:

@@ -15,7 +15,7 @@ from mach.config import Config
 from mach.decoding.reference import label_scores, topk
 from mach.errors import ConfigError, DataError, ModelError, Stopped
 from mach.model import Model
-from mach.parallel import offline, train
+from mach.parallel import calibrate, offline, train
 from mach.parallel.offline import predict
 from mach.store import predictions
 from mach.store.predictions import read_facts
@@ -65,6 +65,16 @@ def test_two_workers_write_what_one_does(run, tiny, tmp_path):
     assert pq.ParquetFile(tmp_path / "two").num_row_groups == 6
     assert done[0] == (0, N) and done[-1] == (N, N) and done.count((0, N)) >= 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("wanted", [{"probabilities": True}, {"precision": 0.2}, {"min_probability": 0.2}])
+def test_two_workers_believe_what_one_does(run, tiny, tmp_path, wanted):
+    calibrate(run, tiny, precisions=[0.2], k=7)
+    for n in (1, 2):
+        predict(run, tiny.path, tmp_path / f"p{n}", k=7, workers=n, **wanted)
+    assert (tmp_path / "p1").read_bytes() == (tmp_path / "p2").read_bytes()
+    lengths = list(map(len, pq.read_table(tmp_path / "p1")["probabilities"].to_pylist()))
+    assert min(lengths) == max(lengths) == 7 if "probabilities" in wanted else 0 <= min(lengths) < max(lengths) <= 7
 
 
 def test_relative_paths_and_repetitions_reach_the_workers(run, tiny, tmp_path, monkeypatch):

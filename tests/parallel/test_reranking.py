@@ -15,6 +15,7 @@ from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
 from mach.parallel.rerank import rerank
 from mach.store import Run
+from mach.store.calibration import scores_key
 from mach.store.predictions import read_facts, read_predictions
 from mach.train.loop import held_out_rows
 
@@ -68,6 +69,12 @@ def test_prediction_files_say_which_second_stage_they_had(tiny, run, tmp_path):
     assert np.array_equal(tables["two"].labels, tables["with"].labels)
     assert read_facts(tmp_path / "with")["reranker"] == load(run.path).reranker.key
     assert "reranker" not in read_facts(tmp_path / "without")
+
+
+def test_a_calibration_is_of_the_scores_of_both_stages(run):
+    both, plain = load(run.path), load(run.path, rerank=False)
+    assert scores_key(both, "logits") == scores_key(plain, "logits") | {"reranker": both.reranker.key}
+    assert scores_key(both, "mean") == scores_key(plain, "mean")
 
 
 def test_settings_in_place_of_the_runs(tiny, tmp_path):

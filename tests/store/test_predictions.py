@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 
+from mach.calibration import Calibration, Threshold
 from mach.config import Config
 from mach.data import take_rows, write_dataset
 from mach.decoding import TopK
@@ -19,7 +20,8 @@ from mach.errors import ConfigError, DataError
 from mach.model import Model
 from mach.parallel import train
 from mach.store import predictions
-from mach.store.predictions import read_facts, read_predictions, write_predictions
+from mach.store.calibration import Trust, scores_key
+from mach.store.predictions import read_facts, read_groups, read_predictions, write_predictions
 
 JOB = {"k": 7, "estimator": "logits", "run_key": "cafe"}
 N = 60  # samples of the test split
@@ -86,6 +88,75 @@ def test_the_form_is_frozen(model, tiny, tmp_path):
     }  # fmt: skip
     assert dict(read_facts(out)) == json.loads(schema.metadata[b"mach"])
     assert [file.name for file in out.parent.iterdir()] == ["p.parquet"]
+
+
+def trusting(model, **wanted):
+    """A calibration of the model's logits: straight from 0.1 at -5.3 to 0.9 at -4.3."""
+    scores = scores_key(model, "logits")
+    threshold = Threshold(wanted=0.9, score=-5.0)
+    calibration = Calibration(
+        knot_scores=np.array([-5.3, -4.3]),
+        knot_probabilities=np.array([0.1, 0.9]),
+        thresholds=(threshold,),
+        of={"scores": scores},
+    )
+    return Trust(calibration, **wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "least"),
+    [
+        ({}, -np.inf),
+        ({"precision": 0.9}, -5.0),
+        ({"min_probability": 0.3}, -5.05),
+        ({"precision": 0.9, "min_probability": 0.4}, -4.925),
+    ],
+)
+def test_probabilities_and_labels_that_are_kept(model, tiny, tmp_path, small_groups, wanted, least):
+    trust = trusting(model, **wanted)
+    parts = predictions.plan(model, tiny, "test", tmp_path / "p", **JOB, choice=predictions.Choice(), trust=trust)
+    with parts.open():
+        list(predictions.write_parts(model, tiny.split("test"), parts, parts.left(), predictions.Choice()))
+    schema = pq.read_schema(tmp_path / "p")
+    assert (schema.names[3:], schema.types[3:]) == (["probabilities"], [pa.list_(pa.float32())])
+    assert read_facts(tmp_path / "p").items() >= trust.facts.items() >= wanted.items()
+    top, groups = said(model, tiny.split("test")), list(read_groups(tmp_path / "p"))
+    n_kept = (top.scores >= least).sum(1)
+    assert wanted == {} or 0 < n_kept.sum() < n_kept.size * 7
+    table = pq.read_table(tmp_path / "p").to_pydict()
+    for i, n in enumerate(n_kept):
+        assert table["labels"][i] == top.labels[i, :n].tolist() and table["scores"][i] == top.scores[i, :n].tolist()
+        expected = np.clip(0.1 + (top.scores[i, :n] + 5.3) * 0.8, 0.1, 0.9)
+        assert table["probabilities"][i] == pytest.approx(expected, abs=1e-6)
+    read = np.concatenate([group.top.labels for group in groups]), np.concatenate([group.top.scores for group in groups])
+    probabilities = np.concatenate([group.probabilities for group in groups])
+    is_kept = np.arange(7) < n_kept[:, None]
+    assert np.array_equal(read[0], np.where(is_kept, top.labels, -1))
+    assert np.array_equal(read[1], np.where(is_kept, top.scores, -np.inf))
+    assert (probabilities[~is_kept] == 0).all() and np.array_equal(probabilities > 0, is_kept)
+    assert np.concatenate([group.rows for group in groups]).tolist() == list(range(N))
+
+
+def test_lists_that_are_all_empty_are_read(model, tiny, tmp_path):
+    trust = trusting(model, min_probability=1.0)
+    parts = predictions.plan(model, tiny, "test", tmp_path / "p", **JOB, choice=predictions.Choice(), trust=trust)
+    with parts.open():
+        list(predictions.write_parts(model, tiny.split("test"), parts, parts.left(), predictions.Choice()))
+    (group,) = read_groups(tmp_path / "p")
+    assert group.top.labels.shape == (N, 7) and (group.top.labels == -1).all() and not group.probabilities.any()
+
+
+def test_parts_of_another_calibration_are_refused(model, tiny, tmp_path, small_groups):
+    def plan(trust):
+        return predictions.plan(model, tiny, "test", tmp_path / "p", **JOB, choice=predictions.Choice(), trust=trust)
+
+    parts = plan(trusting(model))
+    parts.folder.mkdir()
+    next(iter(predictions.write_parts(model, tiny.split("test"), parts, parts.left(), predictions.Choice())))
+    assert len(plan(trusting(model)).left()) == 2
+    for other in (None, trusting(model, precision=0.9), trusting(model, min_probability=0.5)):
+        with pytest.raises(DataError, match="holds finished parts of another job"):
+            plan(other).left()
 
 
 @pytest.mark.parametrize("estimator", ["logits", "mean"])

@@ -18,7 +18,7 @@ from mach.hashing import LabelTable
 from mach.metrics import precision_at_k
 from mach.model import Packed, feature_buckets
 from mach.store.folder import sizes_of, table_of
-from mach.train.loop import LOSS_EVERY, VALIDATION_SAMPLES, Group
+from mach.train.loop import LOSS_EVERY, VALIDATION_SAMPLES, Group, held_out_rows
 from mach.train.schedule import order_of
 
 CPU = torch.device("cpu")
@@ -239,6 +239,8 @@ def test_samples_are_held_out_where_there_is_no_dev_split(tiny, tmp_path):
     group = group_of(SMALL.replace(validation=0.25), dataset)
     assert (group.n_samples, group.n_held, len(group.held_out[1])) == (150, 50, 50)
     held = order_of(200, 0, -1)[:50]
+    assert held_out_rows(group.config, dataset).tolist() == sorted(held.tolist())
+    assert not len(held_out_rows(group.config, tiny)) and not len(held_out_rows(SMALL, dataset))
     for epoch in (0, 1):
         assert sorted([*group.rows_at(epoch, np.arange(150)).tolist(), *held.tolist()]) == list(range(200))
     assert group_of(SMALL, dataset).held_out is None
