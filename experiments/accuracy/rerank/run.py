@@ -1,0 +1,92 @@
+"""What does the second stage bring, and which settings suit it? Ensembles of the defaults, a grid of re-rankers on each.
+
+    python experiments/accuracy/rerank/run.py DATA [DATA ...] --out runs/rerank
+
+DATA are folders of XC-repository text. Measured on their dev.txt if there is one, else on a tenth of train.txt that is held out
+of everything. Test splits are not read. Prints a Markdown table for each: P@1 / P@3 / P@5 by cost, labels listed and weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+import mach
+from mach.compare.rows import this_machine
+from mach.data import CSR, Dataset, take, take_rows
+from mach.decoding import TopK
+from mach.decoding.rerank import fit_reranker, fit_weight
+from mach.metrics import hits
+from mach.train.loop import held_out_rows
+
+DEPTH = 20
+COSTS = (0.1, 0.2, 1.0)
+WEIGHTS = (0.5, 1.0, 1.5, 2.0, 4.0)
+
+
+def shortlists(model: mach.Model, features: CSR, k: int) -> TopK:
+    """Decode samples in parts."""
+    parts = [
+        model.predict_topk(take(features, rows), k)
+        for rows in np.array_split(np.arange(len(features)), -(-len(features) // 4096))
+    ]
+    return TopK(np.concatenate([part.labels for part in parts]), np.concatenate([part.scores for part in parts]))
+
+
+def precision(labels: np.ndarray, truth: CSR) -> str:
+    return " / ".join(f"{100 * mach.precision_at_k(labels, truth, k):.2f}" for k in (1, 3, 5))
+
+
+def measure(source: Path, out: Path, seed: int) -> None:
+    dataset: Dataset = mach.prepare(source, out / f"{source.name}.data")
+    has_dev = "dev" in dataset.split_names
+    config = mach.Config(seed=seed, rerank=0, validation=0.0 if has_dev else 0.1)
+    model = mach.train(config, dataset, out / f"{source.name}-{seed}")
+    train, held = dataset.split("train"), held_out_rows(config, dataset)
+    judged = dataset.split("dev") if has_dev else train
+    rows = np.arange(judged.n_samples) if has_dev else held
+    features, truth = take(judged.features, rows), take_rows(judged.labels, rows)
+    fitted = np.setdiff1d(np.arange(train.n_samples), held)
+    R, mean = config.repetitions, math.ceil(model.sizes.labels_a_sample)
+    top = shortlists(model, features, min(100, dataset.n_labels))
+    long = shortlists(model, take(train.features, fitted), min(2 * DEPTH + mean, dataset.n_labels)).labels
+    right = hits(top.labels[:, :DEPTH], truth)
+    print(f"\n## {source.name}, seed {seed}: {len(rows):,} samples of {'dev' if has_dev else 'train, held out'}\n")
+    print(f"| cost | listed | weights, million | s | {' | '.join(f'weight {w:g}' for w in WEIGHTS)} | fitted weight |")
+    print("|" + "---|" * (len(WEIGHTS) + 5))
+    print(f"| decoding alone | | | | {' | '.join([precision(top.labels, truth)] + [''] * len(WEIGHTS))} |")
+    for cost in COSTS:
+        for listed in (DEPTH, DEPTH + mean, 2 * DEPTH + mean):
+            lists = long[:, : min(listed, long.shape[1])]
+            began = time.perf_counter()
+            found = fit_reranker(
+                train.features, train.labels, lambda lists=lists: [(fitted, lists)], cost=cost, depth=DEPTH, weight=0.0
+            )
+            seconds = time.perf_counter() - began
+            margins = found.margins(features, top.labels[:, :DEPTH])
+            best = fit_weight(top.scores[:, :DEPTH] / R, margins, right)
+            cells = [f"{cost:g}", str(listed), f"{found.n_parameters / 1e6:.2f}", f"{seconds:.1f}"]
+            for weight in (*WEIGHTS, best):
+                ordered = dataclasses.replace(found, weight=weight).rerank(features, top, 5, R)
+                cells.append(precision(ordered.labels, truth) + (f" (at {weight:.2f})" if weight == best else ""))
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
+    for source in args.data:
+        measure(source, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
