@@ -311,6 +311,15 @@ class Group:
                 standing.stopped = 0 < self.config.patience <= standing.epochs_since
 
 
+def n_held_out(config: Config, dataset: Dataset) -> int:
+    """Give how many samples of the train split are held out for validation: the first of the order of epoch HELD_OUT."""
+    return 0 if _has_dev(dataset) else round(config.validation * dataset.split("train").n_samples)
+
+
+def _has_dev(dataset: Dataset) -> bool:
+    return "dev" in dataset.split_names and dataset.split("dev").n_samples > 0
+
+
 def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CSR] | None]:
     """Give how many training samples there are to visit, how many of the train split are held out, and validation samples.
 
@@ -318,14 +327,11 @@ def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CS
 
     Raises: DataError if there is nothing to train on, or early stopping has nothing to go by.
     """
-    split, n_held = dataset.split("train"), 0
-    n_samples = split.n_samples
-    if "dev" in dataset.split_names and dataset.split("dev").n_samples:
+    split, n_held = dataset.split("train"), n_held_out(config, dataset)
+    n_samples, n_validation = split.n_samples - n_held, n_held
+    if _has_dev(dataset):
         split = dataset.split("dev")
         n_validation = split.n_samples
-    else:
-        n_validation = n_held = round(config.validation * n_samples)
-        n_samples -= n_held
     held = np.sort(order_of(split.n_samples, config.seed, HELD_OUT, np.arange(min(n_validation, VALIDATION_SAMPLES))))
     if not n_samples:
         raise DataError(f"{dataset.path}: the train split has no samples to train on")
