@@ -237,7 +237,7 @@ class _Job:
     def decode(self, pieces: Sequence[Piece], first: int, rows: npt.NDArray[np.int64]) -> tuple[TopK, Bools]:
         """Decode some rows of a shard that begins at the row `first`; say which are certified."""
         n = chunk_rows(self.table.n_repetitions, self.table.n_buckets)
-        arrays = [{part: piece.array(part) for part in piece.record["files"] if part != TABLE} for piece in pieces]
+        arrays = [{part: piece.array(part) for part in piece.record["files"]} for piece in pieces]
         tops, certified = [], []
         for start in range(int(rows[0]), int(rows[-1]) + 1, n):
             stop = min(start + n, int(rows[-1]) + 1)
