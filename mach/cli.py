@@ -535,7 +535,8 @@ def _inspect(args: argparse.Namespace) -> None:
         else:
             facts = records[r]
             peak = f", {size_text(facts['peak_bytes'])} of memory at most" if "peak_bytes" in facts else ""
-            _say(f"repetition {r}: {facts['parameters']:,} parameters, {facts['train_s']:.1f} s of training{peak}")
+            learnt = ", similar labels together" if facts.get("is_grouped") else ""
+            _say(f"repetition {r}: {facts['parameters']:,} parameters, {facts['train_s']:.1f} s of training{peak}{learnt}")
             if not found:  # without logs, what the repetition itself tells
                 for line in show_parts(facts.get("parts_s", {})):
                     _say(line)

@@ -39,6 +39,9 @@ class Config:
 
     table: TableKind = _setting("hashed", "hashed: R small heads of B buckets; identity: one full head of K outputs")
     family: Family = _setting("carter-wegman", "universal family that hashes label ids (xxhash: label names)")
+    grouped: float = _setting(
+        0.0, "share of the repetitions in which rare labels with similar samples share a bucket, instead of hashed ones", 0, 1
+    )
     buckets: int | Literal["auto"] = _setting(AUTO, "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K)", 2)
     repetitions: int = _setting(8, "R, independent repetitions", 1)
     seed: int = _setting(0, "seed of the hashes, the initial weights and the order of the data", 0, 2**63 - 1)

@@ -61,7 +61,7 @@ class DeviceTable:
     @property
     def has_progressions(self) -> bool:
         """Whether `first_labels` and `steps_R` give the labels of a bucket."""
-        return 0 < self.p < MAX_INT32_PRIME
+        return self.kind == "carter-wegman" and 0 < self.p < MAX_INT32_PRIME
 
     def buckets(self, labels: Tensor, row: int) -> Tensor:
         """Give the buckets of label ids in one row: int64, of the shape of `labels`, which must be int64 in [0, K)."""
@@ -102,7 +102,7 @@ class DeviceTable:
 def _kind_of(table: LabelTable) -> Kind:
     if table.is_identity:
         return "identity"
-    return "held" if table.family is None or table.family == "xxhash" else table.family
+    return "held" if table.family is None or table.family == "xxhash" or table.given else table.family
 
 
 def _affine_mod(x: Tensor, a: int, b: int, p: int) -> Tensor:

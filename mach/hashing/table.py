@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +35,8 @@ class LabelTable:
     """The buckets of K labels in R repetitions; make one with `LabelTable.hashed` or `LabelTable.identity`.
 
     Buckets are computed on demand; `array()` computes them all once and keeps them. The identity table (R = 1, B = K,
-    bucket k = label k) makes the full head an ensemble like any other.
+    bucket k = label k) makes the full head an ensemble like any other. Some repetitions may have buckets that no hash computes:
+    see `with_given`.
 
     Raises: ConfigError if K is above 2**40, B outside [2, K], or the repetitions are none, negative or repeated.
     """
@@ -47,6 +48,7 @@ class LabelTable:
     family: Family | None  # None: identity
     seed: int
     label_names: Sequence[str] | None = None  # (K,), for family xxhash only
+    given: Mapping[int, Held] = field(default_factory=dict, compare=False, repr=False)  # (K,) by repetition, instead of its hash
 
     def __post_init__(self) -> None:
         numbers = self.repetitions
@@ -104,7 +106,35 @@ class LabelTable:
         for number in repetitions:
             if number not in self.repetitions:
                 raise ConfigError(f"repetition {number} is not in this table, which holds {list(self.repetitions)}")
-        return dataclasses.replace(self, repetitions=tuple(map(int, repetitions)))
+        given = {number: self.given[number] for number in repetitions if number in self.given}
+        return dataclasses.replace(self, repetitions=tuple(map(int, repetitions)), given=given)
+
+    def with_given(self, given: Mapping[int, npt.ArrayLike]) -> LabelTable:
+        """Give this table with the buckets of some repetitions, by number, as they are given: integers (K,) in [0, B).
+
+        Such a repetition is looked up, never computed, and decodes like any other; who stores the table stores these beside it.
+
+        Raises: ConfigError if a number is not in this table, or the buckets are not K integers in [0, B), or the table is the
+                identity.
+        """
+        held = {}
+        for number, buckets in given.items():
+            array_K = np.asarray(buckets)
+            if self.is_identity or number not in self.repetitions:
+                raise ConfigError(
+                    f"repetition {number} cannot be given buckets: this {self.kind} table hashes {list(self.repetitions)}"
+                )
+            if array_K.shape != (self.n_labels,) or not np.issubdtype(array_K.dtype, np.integer):
+                raise ConfigError(
+                    f"the buckets given for repetition {number} must be {self.n_labels} integers, got {array_K.dtype} of shape "
+                    f"{array_K.shape}"
+                )
+            low, high = int(array_K.min()), int(array_K.max())
+            if low < 0 or high >= self.n_buckets:
+                raise ConfigError(f"bucket {low if low < 0 else high} of repetition {number} is outside [0, {self.n_buckets})")
+            held[number] = array_K.astype(bucket_dtype(self.n_buckets))
+            held[number].flags.writeable = False
+        return dataclasses.replace(self, given={**self.given, **held})
 
     @property
     def n_repetitions(self) -> int:
@@ -140,6 +170,9 @@ class LabelTable:
         ids = ids.astype(np.int64)
         if self.is_identity:
             return ids
+        if self.repetitions[row] in self.given:
+            found: Ids = self.given[self.repetitions[row]][ids].astype(np.int64)
+            return found
         return self._hash(ids.ravel(), row).reshape(ids.shape)
 
     def array(self) -> Held:
@@ -152,7 +185,10 @@ class LabelTable:
     @cached_property
     def _array(self) -> Held:
         array_RK = np.empty((self.n_repetitions, self.n_labels), dtype=bucket_dtype(self.n_buckets))
-        for row in range(self.n_repetitions):
+        for row, number in enumerate(self.repetitions):
+            if number in self.given:
+                array_RK[row] = self.given[number]
+                continue
             for start in range(0, self.n_labels, CHUNK):
                 ids = np.arange(start, min(start + CHUNK, self.n_labels))
                 array_RK[row, ids[0] : ids[-1] + 1] = ids if self.is_identity else self._hash(ids, row)
@@ -162,7 +198,8 @@ class LabelTable:
     def labels_of(self, bucket: int, row: int) -> Ids:
         """Give the sorted label ids of a bucket in one row: int64.
 
-        Carter-Wegman steps through an arithmetic progression; the other families hold an inverse list of each row asked for.
+        Carter-Wegman steps through an arithmetic progression; for other families, and buckets given, an inverse list of each row
+        asked for is held.
 
         Raises: ConfigError if the bucket is outside [0, B), or the row outside [0, R).
         """
@@ -172,7 +209,7 @@ class LabelTable:
         if self.is_identity:
             return np.array([bucket], dtype=np.int64)
         family = self.families[row]
-        if isinstance(family, CarterWegman):
+        if isinstance(family, CarterWegman) and self.repetitions[row] not in self.given:
             return family.labels_of(bucket)
         if row not in self._inverses:
             self._inverses[row] = _inverse(self.array()[row], self.n_buckets)
@@ -186,7 +223,7 @@ class LabelTable:
     @property
     def is_arithmetic(self) -> bool:
         """Whether both directions are computed, so that `inverse` holds nothing."""
-        return self.family == "carter-wegman" and prime_from(self.n_labels) < MAX_PRIME
+        return self.family == "carter-wegman" and prime_from(self.n_labels) < MAX_PRIME and not self.given
 
     @property
     def has_inverse(self) -> bool:
@@ -202,7 +239,8 @@ class LabelTable:
     def inverse(self) -> Inverse:
         """Give both directions of the table to kernels, computed once, then kept.
 
-        Nothing is held for Carter-Wegman with K up to about 2**32; else `array()` and 4 R K bytes more (8 if K is above 2**32).
+        Nothing is held for Carter-Wegman with K up to about 2**32 and no buckets given; else `array()` and 4 R K bytes more (8 if
+        K is above 2**32).
         """
         R, K, B = self.n_repetitions, self.n_labels, self.n_buckets
         is_arithmetic = self.is_arithmetic
@@ -245,19 +283,23 @@ class LabelTable:
     def fingerprint(self) -> str:
         """Give 32 hexadecimal digits of family, seed, K, B and some labels' buckets: any change of the hash code shows.
 
-        The same for all parts of one ensemble: the repetitions held do not enter, the probed ones are always 0..3.
+        The same for all parts of one ensemble: the repetitions held do not enter, the probed ones are always 0..3. Nor do buckets
+        given, which whoever stores them checks.
         """
         facts = json.dumps([self.kind, self.family, self.seed, self.n_labels, self.n_buckets])
         digest = hashlib.blake2b(facts.encode(), digest_size=16)
         if not self.is_identity:
             probes = np.array([i * (self.n_labels - 1) // (PROBES - 1) for i in range(PROBES)])
-            probed = dataclasses.replace(self, repetitions=(0, 1, 2, 3))
+            probed = dataclasses.replace(self, repetitions=(0, 1, 2, 3), given={})
             for row in range(4):
                 digest.update(probed.buckets(probes, row).astype("<i8").tobytes())
         return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what `from_dict` needs to make this table again, as plain JSON values; label names are kept elsewhere."""
+        """Give what `from_dict` needs to make this table again, as plain JSON values.
+
+        Label names and buckets given are kept elsewhere.
+        """
         names = ("kind", "n_labels", "n_buckets", "family", "seed")
         return {
             **{name: getattr(self, name) for name in names},

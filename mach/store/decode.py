@@ -29,7 +29,7 @@ from mach.hashing import LabelTable
 from mach.model import DEFAULT_ESTIMATOR, Model, chunk_rows
 from mach.store.folder import Run, format_repetitions
 from mach.store.predictions import Choice, Parts, check_fits, cuts, job_facts
-from mach.store.scores import Piece, read_piece
+from mach.store.scores import TABLE, Piece, read_piece
 
 SAME = ("run", "data", "split", "n_samples", "n_shards", "n_buckets", "loss", "table", "names")
 SLACK = np.float32(64 * 2.0**-23)  # transforms err by less than a tenth of it, relatively, so one may fall where outputs rise
@@ -137,9 +137,17 @@ class Pieces:
         return Strings(arrays["label_names_offsets.npy"], arrays["label_names_blob.npy"])
 
     def table(self, label_names: Sequence[str] | None) -> LabelTable:
-        """Give the label table of the repetitions."""
+        """Give the label table of the repetitions.
+
+        Raises: DataError if one that was learnt has changed.
+        """
         stored = dict(self.record["table"]) | {"repetitions": list(self.repetitions)}
-        return LabelTable.from_dict(stored, label_names=label_names if stored["family"] == "xxhash" else None)
+        table = LabelTable.from_dict(stored, label_names=label_names if stored["family"] == "xxhash" else None)
+        learnt = [piece for piece in self.shards[0] if TABLE in piece.record["files"]]
+        for piece in learnt:
+            if checksum(piece.file(TABLE)) != piece.record["files"][TABLE]["xxh3_128"]:
+                raise DataError(f"{piece.file(TABLE)}: has changed; score {piece.name} again")
+        return table.with_given({piece.record["repetition"]: piece.array(TABLE) for piece in learnt})
 
 
 def decode(

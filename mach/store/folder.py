@@ -1,7 +1,7 @@
 """The run folder: a manifest, one safetensors file a repetition, and what is needed to ask it raw text by name.
 
     manifest.json                  format number, config, sizes, label table, data fingerprint, versions, checksums
-    repetition-003.safetensors     the weights of repetition 3
+    repetition-003.safetensors     the weights of repetition 3, and its label table where that is learnt
     repetition-003.json            its size, checksum, seconds and validation figures; written last: with it, it is finished
     reranker.*                     the second stage (mach.store.reranker), fitted once all repetitions are there
     label_names_*.npy  vectorizer/ as in the data set it was trained on
@@ -35,12 +35,14 @@ from mach.decoding.rerank import Reranker
 from mach.errors import ConfigError, ModelError
 from mach.files import atomic, checksum, read_json, write_json
 from mach.hashing import LabelTable
+from mach.hashing.grouping import is_grouped
 from mach.model import Model, Packed, Sizes, feature_buckets
 from mach.store.reranker import load_reranker, verify_reranker
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_REPETITIONS = 100_000
+TABLE = "label_table"  # the buckets of a repetition that has learnt them, (K,), beside its weights
 
 
 def sizes_of(config: Config, dataset: Dataset) -> Sizes:
@@ -135,8 +137,10 @@ class Run:
         """Give the sizes that the data decided."""
         return Sizes(**self.manifest["sizes"])
 
-    def add(self, repetition: int, parameters: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Store a finished repetition: its weights, then the record that makes it count.
+    def add(
+        self, repetition: int, parameters: Mapping[str, Tensor], facts: Mapping[str, Any], table_K: np.ndarray | None = None
+    ) -> None:
+        """Store a finished repetition: its weights, with its buckets if it has learnt them, then the record that makes it count.
 
         Raises: ModelError if the disk refuses; what was finished before stays.
         """
@@ -144,7 +148,8 @@ class Run:
         try:
             weights.with_suffix(".json").unlink(missing_ok=True)  # a record never speaks of other weights
             with atomic(weights) as temporary:
-                save_file(dict(parameters), temporary, metadata=self.metadata)
+                table = {} if table_K is None else {TABLE: torch.from_numpy(table_K.copy())}
+                save_file({**parameters, **table}, temporary, metadata=self.metadata)
         except (OSError, safetensors.SafetensorError) as error:
             raise _refused(weights, error) from error
         self.record(repetition, sum(p.numel() for p in parameters.values()), facts)
@@ -251,14 +256,15 @@ class Run:
             again = f"train again with --repetitions {format_repetitions(list(bad))}"
             raise ModelError(f"{self.path}: {texts}; {again}, or leave out with --skip-broken")
         place = resolve_device(device)
-        held = {r: packed for r in wanted if r in finished and (packed := self._load_one(r, place, skip_broken))}
+        given: dict[int, np.ndarray] = {}
+        held = {r: packed for r in wanted if r in finished and (packed := self._load_one(r, place, skip_broken, given))}
         if not held:
             raise ModelError(f"{self.path}: holds no finished repetition yet; train one with `mach train`")
         names = self.label_names()
         return Model(
             config=self.config,
             sizes=self.sizes,
-            table=self._table(list(held), names),
+            table=self._table(list(held), names).with_given(given),
             repetitions=list(held.values()),
             device=place,
             vectorizer=self._vectorizer(),
@@ -295,10 +301,14 @@ class Run:
         stored = dict(self.manifest["table"]) | {"repetitions": list(repetitions)}
         return LabelTable.from_dict(stored, label_names=names if self.config.family == "xxhash" else None)
 
-    def _load_one(self, repetition: int, device: torch.device, skip_broken: bool) -> Packed | None:
+    def _load_one(self, repetition: int, device: torch.device, skip_broken: bool, given: dict[int, np.ndarray]) -> Packed | None:
+        """Load a repetition, and its buckets into `given` if it has learnt them; None if it is broken and that may be."""
         path = self.weights_path(repetition)
         try:
-            return Packed.single(load_file(path, device=str(device)), config=self.config, features=self.sizes.features)
+            parameters = load_file(path, device=str(device))
+            if self.config.table == "hashed" and is_grouped(repetition, self.config.grouped):
+                given[repetition] = parameters.pop(TABLE).cpu().numpy()
+            return Packed.single(parameters, config=self.config, features=self.sizes.features)
         except (OSError, safetensors.SafetensorError, KeyError) as error:
             if skip_broken:
                 return None

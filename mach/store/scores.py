@@ -4,6 +4,8 @@
     scores-003.0-of-4.outputs.npy   the head's raw outputs, float32 (N, B), from which every estimator's scores are made
     label_names_*.npy               as in the run folder
 
+    scores-003.0-of-4.table.npy     where the repetition has learnt its label table, its buckets (K,)
+
 Or only the m best buckets of each sample, and what the others do not exceed:
 
     scores-003.0-of-4.outputs.npy   the m greatest outputs, falling, float32 (N, m)
@@ -42,6 +44,7 @@ from mach.store.folder import Run, versions
 from mach.store.predictions import check_fits, cuts
 
 FORMAT = 1
+TABLE = "table"  # the name of the array that is not of samples
 OWN = ("files", "versions", "checksum")  # of a record: what two of the same piece may differ in
 
 Float32 = npt.NDArray[np.float32]
@@ -226,6 +229,7 @@ def _write_arrays(
     parts, n_done = _parts(record["n_buckets"], top_buckets, loss), 0
     with ExitStack() as whole:
         temporaries = {part: whole.enter_context(atomic(_file(out, record, f"{part}.npy"))) for part in parts}
+        given = model.table.given.get(record["repetition"])
         with ExitStack() as opened:
             files = {part: opened.enter_context(open(path, "wb")) for part, path in temporaries.items()}
             for part, (width, dtype) in parts.items():
@@ -237,6 +241,10 @@ def _write_arrays(
                 n_done += len(outputs_NB)
                 if progress:
                     progress(n_done, stop - start)
+        if given is not None:
+            temporaries[TABLE] = whole.enter_context(atomic(_file(out, record, f"{TABLE}.npy")))
+            with open(temporaries[TABLE], "wb") as file:
+                np.save(file, given, allow_pickle=False)
         return {part: {"bytes": path.stat().st_size, "xxh3_128": checksum(path)} for part, path in temporaries.items()}
 
 

@@ -19,6 +19,7 @@ from mach.files import free_bytes
 from mach.model import resolve_device
 from mach.store.folder import Run, format_repetitions, table_of
 from mach.train.checkpoint import best_path, checkpoint_path, read_progress, read_tensors, write_checkpoint
+from mach.train.grouped import with_groups
 from mach.train.log import Log, log_path
 from mach.train.loop import Group, Standing
 from mach.train.memory import peak_bytes
@@ -73,7 +74,7 @@ def _train_group(job: Job, stop: Stop) -> Left | None:
     if job.threads:
         torch.set_num_threads(job.threads)
     run, dataset = Run.open(job.run), Dataset.open(job.data)
-    table = table_of(run.config, run.sizes, job.repetitions, dataset.label_names)
+    table = with_groups(table_of(run.config, run.sizes, job.repetitions, dataset.label_names), run.config, dataset)
     path = checkpoint_path(job.run, job.repetitions)
     begun_in = getattr(torch, read_progress(path)["products"]) if path.exists() else None  # a run goes on as it began
     group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device), products=begun_in)
@@ -147,7 +148,7 @@ def _finish(run: Run, group: Group, best: Sequence[Path], seconds: float) -> Non
         parameters = group.packed.repetition(r)
         if best[r].exists():
             read_tensors(best[r], parameters)
-        run.add(number, parameters, facts_of(group, r, seconds))
+        run.add(number, parameters, facts_of(group, r, seconds), table_K=group.table.given.get(number))
 
 
 def facts_of(group: Group, r: int, seconds: float) -> dict[str, Any]:
@@ -159,6 +160,7 @@ def facts_of(group: Group, r: int, seconds: float) -> dict[str, Any]:
         "peak_bytes": peak_bytes(group.device),
         "group": list(group.repetitions),
         "products": str(group.products).removeprefix("torch."),
+        "is_grouped": group.repetitions[r] in group.table.given,
         "bucket_P@1": group.standings[r].best if group.held_out is not None else None,
     }
 

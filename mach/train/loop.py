@@ -314,8 +314,12 @@ class Group:
 def held_out_rows(config: Config, dataset: Dataset) -> np.ndarray:
     """Give all rows of the train split that a run of this config never trains on, rising; none if there is a dev split."""
     n_samples = dataset.split("train").n_samples
-    n_held = 0 if _has_dev(dataset) else round(config.validation * n_samples)
-    return np.sort(order_of(n_samples, config.seed, HELD_OUT, np.arange(n_held)))
+    return np.sort(order_of(n_samples, config.seed, HELD_OUT, np.arange(n_held_out(config, dataset))))
+
+
+def n_held_out(config: Config, dataset: Dataset) -> int:
+    """Give how many samples of the train split are held out: the first of the order of epoch HELD_OUT."""
+    return 0 if _has_dev(dataset) else round(config.validation * dataset.split("train").n_samples)
 
 
 def _has_dev(dataset: Dataset) -> bool:
@@ -329,14 +333,11 @@ def _held_out(config: Config, dataset: Dataset) -> tuple[int, int, tuple[Any, CS
 
     Raises: DataError if there is nothing to train on, or early stopping has nothing to go by.
     """
-    split, n_held = dataset.split("train"), 0
-    n_samples = split.n_samples
+    split, n_held = dataset.split("train"), n_held_out(config, dataset)
+    n_samples, n_validation = split.n_samples - n_held, n_held
     if _has_dev(dataset):
         split = dataset.split("dev")
         n_validation = split.n_samples
-    else:
-        n_validation = n_held = round(config.validation * n_samples)
-        n_samples -= n_held
     held = np.sort(order_of(split.n_samples, config.seed, HELD_OUT, np.arange(min(n_validation, VALIDATION_SAMPLES))))
     if not n_samples:
         raise DataError(f"{dataset.path}: the train split has no samples to train on")

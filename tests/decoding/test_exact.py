@@ -23,11 +23,18 @@ NEVER = COSTS._replace(scan=0.0, median=0.0)
 
 
 def problem(seed, *, n_labels=400, family="carter-wegman", integers=False, n_samples=1):
-    """Make a table and scores in which a few labels stand out, some of them alike, over noise that may tie."""
+    """Make a table and scores in which a few labels stand out, some of them alike, over noise that may tie.
+
+    Family "given": every other repetition, from the first, has buckets given to it, of very different sizes.
+    """
     rng = np.random.default_rng(seed)
     n_labels = int(rng.integers(2, n_labels))
     n_buckets = int(rng.integers(2, min(n_labels, 150) + 1))
-    table = LabelTable.hashed(n_labels, n_buckets, int(rng.integers(1, 12)), seed=seed, family=family)
+    hashed = "carter-wegman" if family == "given" else family
+    table = LabelTable.hashed(n_labels, n_buckets, int(rng.integers(1, 12)), seed=seed, family=hashed)
+    if family == "given":
+        rows = {r: (n_buckets * rng.random(n_labels) ** 3).astype(np.int64) for r in table.repetitions[::2]}
+        table = table.with_given(rows)
     R, B = table.n_repetitions, table.n_buckets
     scores_NRB = rng.normal(0, rng.choice([0.0, 0.1, 1.0]), (n_samples, R, B))
     for n in range(n_samples):
@@ -61,7 +68,8 @@ def check(seed, estimator, family="carter-wegman", integers=False):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(0, 2**32), st.sampled_from(ESTIMATORS), st.sampled_from(["carter-wegman", "multiply-shift"]), st.booleans()
+    st.integers(0, 2**32), st.sampled_from(ESTIMATORS), st.sampled_from(["carter-wegman", "multiply-shift", "given"]),
+    st.booleans(),
 )  # fmt: skip
 def test_search_scan_and_reference_agree(seed, estimator, family, integers):
     check(seed, estimator, family, integers)

@@ -41,6 +41,14 @@ def test_hashed_names_and_the_identity(n_buckets):
     assert torch.equal(identity.buckets(torch.arange(n_buckets), 0), torch.arange(n_buckets))
 
 
+def test_buckets_given_are_held_and_no_progression():
+    table = LabelTable.hashed(100, 10, 2).with_given({1: np.arange(100) // 10})
+    on_device = DeviceTable.of(table, CPU)
+    assert on_device.kind == "held" and not on_device.has_progressions
+    for row in range(2):
+        assert np.array_equal(on_device.buckets(torch.arange(100), row).numpy(), table.array()[row])
+
+
 @pytest.mark.parametrize(("n_labels", "n_buckets"), [(1000, 37), (1009, 1009), (2**31 - 1, 2**24)])
 def test_the_labels_of_a_bucket_are_a_progression(n_labels, n_buckets):
     table = LabelTable.hashed(n_labels, n_buckets, 3, seed=4)

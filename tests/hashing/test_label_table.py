@@ -111,6 +111,39 @@ def test_select_keeps_the_rows_of_the_chosen_repetitions(table):
     assert part.fingerprint() == table.fingerprint()
 
 
+def test_buckets_given_stand_instead_of_hashed_ones(table):
+    rng = np.random.default_rng(0)
+    rows = {number: rng.integers(20, size=300) for number in (0, 7)}
+    learnt = table.with_given({0: rows[0]}).with_given({7: rows[7]})
+    assert learnt.array().dtype == np.uint8 and not learnt.array().flags.writeable
+    assert learnt.array().tolist() == [table.array()[0].tolist(), rows[0].tolist(), rows[7].tolist()]
+    indptr, labels = np.array([0, 3, 300]), np.r_[[4, 9, 250], rng.permutation(300)[:297]].astype(np.int32)
+    for row in range(3):
+        assert learnt.buckets(labels, row).tolist() == learnt.array()[row, labels].tolist()
+        got_indptr, got = learnt.positives(indptr, labels, row)
+        assert got[: got_indptr[1]].tolist() == sorted(set(learnt.array()[row, labels[:3]].tolist()))
+        for b in range(20):
+            assert learnt.labels_of(b, row).tolist() == np.flatnonzero(learnt.array()[row] == b).tolist()
+    assert not learnt.is_arithmetic and learnt.inverse.ids_RK.shape == (3, 300)
+    assert learnt.select([7, 3]).array().tolist() == learnt.array()[[2, 0]].tolist()
+    assert list(learnt.select([7, 3]).given) == [7] and learnt.select([3]).is_arithmetic == table.is_arithmetic
+    assert learnt.fingerprint() == table.fingerprint() and learnt.to_dict() == table.to_dict()  # kept elsewhere
+
+
+def test_buckets_that_cannot_be_given_are_named():
+    table, zeros = LabelTable.hashed(300, 20, 2), np.zeros(300, np.int64)
+    for numbers, buckets, message in (
+        (table, {2: zeros}, r"repetition 2 cannot be given buckets: this hashed table hashes \[0, 1\]"),
+        (LabelTable.identity(300), {0: zeros}, "repetition 0 cannot be given buckets: this identity table"),
+        (table, {1: zeros[:9]}, r"given for repetition 1 must be 300 integers, got int64 of shape \(9,\)"),
+        (table, {1: zeros + 0.5}, "must be 300 integers, got float64"),
+        (table, {1: zeros - 1}, r"bucket -1 of repetition 1 is outside \[0, 20\)"),
+        (table, {1: zeros + 20}, r"bucket 20 of repetition 1 is outside \[0, 20\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            numbers.with_given(buckets)
+
+
 def test_a_name_has_one_bucket_in_every_vocabulary():
     names = names_of(50)
     one = LabelTable.hashed(50, 16, 2, family="xxhash", label_names=names)
