@@ -94,7 +94,12 @@ class Config:
         0,
         1000,
     )
-    rerank_cost: float = _setting(0.2, "cost of a training sample on the wrong side of those weights: C of a linear SVM", 0)
+    rerank_cost: float | Literal["auto"] = _setting(
+        AUTO,
+        "of a sample on the wrong side of those weights, C of a linear SVM; auto: the best of 0.1, 0.3 and 1 on the dev split or "
+        "what is held out, else 0.2",
+        0,
+    )
     rerank_weight: float | Literal["auto"] = _setting(
         AUTO, "of their margin beside the mean logit; auto: fitted on the dev split or what is held out, else 1.5", 0
     )

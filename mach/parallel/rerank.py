@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy.typing as npt
 import torch
 
 from mach.data import CSR, Dataset, take, take_rows
+from mach.decoding import TopK
 from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit_reranker, fit_weight
 from mach.decoding.rerank.weight import SAMPLES
 from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
-from mach.model import Model
+from mach.metrics import hits, ndcg_at_k
 from mach.parallel.devices import devices_of
 from mach.parallel.offline import predict
 from mach.store import Run
@@ -29,6 +31,8 @@ from mach.train.memory import peak_bytes
 from mach.train.stop import Stop
 
 SHORTLISTS = "shortlists.parquet"
+COSTS = (0.1, 0.3, 1.0)  # tried where samples can tell which is best
+DEFAULT_COST = 0.2  # elsewhere: see experiments/accuracy/rerank
 
 
 def rerank(
@@ -42,8 +46,8 @@ def rerank(
 ) -> Reranker:
     """Fit a re-ranker to the finished repetitions of a run folder, and store it there in place of an earlier one.
 
-    The samples that training held out, or the dev split, tell how much a margin counts beside a mean logit; they are not fitted
-    on. What was stopped goes on: finished parts of the shortlists are kept.
+    The samples that training held out, or the dev split, tell which cost is best and how much a margin counts beside a mean
+    logit; they are not fitted on. What was stopped goes on: finished parts of the shortlists are kept.
 
     Args:   settings, some of `rerank`, `rerank_cost` and `rerank_weight`, in place of the run's; device and workers as for
             `predict`; progress, bars on the terminal.
@@ -67,24 +71,30 @@ def rerank(
             predict(run.path, dataset.path, lists, **how, device=device, workers=workers, progress=tell)
     listed_s = time.perf_counter() - began
     train, held = dataset.split("train"), held_out_rows(run.config, dataset)
+    judge = _Judge.of(run, dataset, held, depth, device)
+    costs = (config.rerank_cost,) if isinstance(config.rerank_cost, float) else COSTS if judge else (DEFAULT_COST,)
+    found: list[tuple[float, float, Reranker]] = []  # quality, cost
     with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop, progress_bar("re-ranker", shown=progress) as tell:
+        for i, cost in enumerate(costs):
 
-        def told(done: int, total: int) -> None:
-            tell(done, total)
-            if stop.asked and done < total:
-                raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
+            def told(done: int, total: int, i: int = i) -> None:
+                tell(i * total + done, len(costs) * total)
+                if stop.asked and done < total:
+                    raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
 
-        found = fit_reranker(
-            _sparse(train.features), train.labels, lambda: _shortlists(lists, held), cost=config.rerank_cost, depth=depth,
-            weight=DEFAULT_WEIGHT, progress=told,
-        )  # fmt: skip
-    if config.rerank_weight == "auto":
-        weight, weight_from = _weight(found, run.load(device=devices_of(device)[0], rerank=False), dataset, held)
-    else:
-        weight, weight_from = float(config.rerank_weight), "given"
-    found = Reranker(found.indptr, found.features, found.values, found.bias, found.n_features, depth, weight)
+            fitted = fit_reranker(
+                _sparse(train.features), train.labels, lambda: _shortlists(lists, held), cost=cost, depth=depth,
+                weight=DEFAULT_WEIGHT, progress=told,
+            )  # fmt: skip
+            if isinstance(config.rerank_weight, float):
+                fitted = replace(fitted, weight=config.rerank_weight)
+            elif judge:
+                fitted = replace(fitted, weight=judge.weight(fitted))
+            found.append((judge.quality(fitted) if judge else 0.0, cost, fitted))
+    _, cost, best = max(found, key=lambda each: each[0])
+    weight_from = "given" if isinstance(config.rerank_weight, float) else judge.name if judge else "default"
     facts = {
-        "cost": config.rerank_cost,
+        "cost": cost,
         "weight_from": weight_from,
         "listed": n_listed,
         "repetitions": run.finished(),
@@ -92,9 +102,9 @@ def rerank(
         "train_s": round(time.perf_counter() - began, 3),
         "peak_bytes": peak_bytes(torch.device("cpu")),
     }
-    save_reranker(run.path, run.manifest["key"], found, facts)
+    save_reranker(run.path, run.manifest["key"], best, facts)
     lists.unlink()
-    return found
+    return best
 
 
 def wants_reranker(run: Run) -> bool:
@@ -110,19 +120,38 @@ def _shortlists(file: Path, held: npt.NDArray[np.int64]) -> Iterator[tuple[npt.N
         yield rows[fitted], np.ascontiguousarray(top.labels[fitted])
 
 
-def _weight(found: Reranker, model: Model, dataset: Dataset, held: npt.NDArray[np.int64]) -> tuple[float, str]:
-    """Fit how much a margin counts on samples that nothing was trained on; give it, and what they are."""
-    name = "dev" if "dev" in dataset.split_names and dataset.split("dev").n_samples else "held out"
-    split = dataset.split("dev" if name == "dev" else "train")
-    rows = np.arange(split.n_samples) if name == "dev" else held
-    if not len(rows):
-        return DEFAULT_WEIGHT, "default"
-    rows = rows[:: -(-len(rows) // SAMPLES)]
-    features, truth = take(split.features, rows), take_rows(split.labels, rows)
-    top = model.predict_topk(features, found.depth)
-    own = np.split(truth.indices, truth.indptr[1:-1])
-    right = np.array([np.isin(labels, labels_n) for labels, labels_n in zip(top.labels, own, strict=True)])
-    return fit_weight(top.scores / len(model.repetitions), found.margins(_sparse(features), top.labels), right), name
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Samples that nothing was trained on, and what decoding finds for them."""
+
+    name: str  # what they are
+    features: CSR
+    truth: CSR
+    top: TopK
+    n_repetitions: int
+
+    @classmethod
+    def of(cls, run: Run, dataset: Dataset, held: npt.NDArray[np.int64], depth: int, device: str) -> _Judge | None:
+        """Take the dev split or what was held out, at most SAMPLES of it, evenly; None if there is nothing."""
+        name = "dev" if "dev" in dataset.split_names and dataset.split("dev").n_samples else "held out"
+        split = dataset.split("dev" if name == "dev" else "train")
+        rows = np.arange(split.n_samples) if name == "dev" else held
+        if not len(rows):
+            return None
+        rows = rows[:: -(-len(rows) // SAMPLES)]
+        features, model = take(split.features, rows), run.load(device=devices_of(device)[0], rerank=False)
+        top = model.predict_topk(features, depth)
+        return cls(name, _sparse(features), take_rows(split.labels, rows), top, len(model.repetitions))
+
+    def weight(self, found: Reranker) -> float:
+        """Fit how much a margin counts beside a mean logit."""
+        margins = found.margins(self.features, self.top.labels)
+        return fit_weight(self.top.scores / self.n_repetitions, margins, hits(self.top.labels, self.truth))
+
+    def quality(self, found: Reranker) -> float:
+        """Give the nDCG of the five best labels, of which all of P@1, P@3 and P@5 are parts."""
+        k = min(5, self.top.labels.shape[1])
+        return ndcg_at_k(found.rerank(self.features, self.top, k, self.n_repetitions).labels, self.truth, k)
 
 
 def _sparse(features: CSR | np.ndarray) -> CSR:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mach import Config, load, train
-from mach.decoding.rerank import DEFAULT_WEIGHT
+from mach.decoding.rerank import DEFAULT_WEIGHT, fit_weight
 from mach.errors import ConfigError, ModelError, Stopped
+from mach.metrics import ndcg_at_k
 from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
 from mach.parallel.rerank import rerank
@@ -107,6 +108,33 @@ def test_samples_held_out_are_not_fitted_on_and_tell_the_weight(tiny_without_dev
     train(CONFIG, tiny_without_dev, tmp_path / "none")
     record = record_of(tmp_path / "none")
     assert (record["weight"], record["weight_from"], len(seen[1])) == (DEFAULT_WEIGHT, "default", 200)
+
+
+def test_the_best_of_three_costs_is_taken_where_samples_can_tell(tiny, tiny_without_dev, tmp_path, monkeypatch):
+    fitted, real = {}, rerank_module.fit_reranker
+
+    def fit(*given, cost, **how):
+        fitted[cost] = real(*given, cost=cost, **how)
+        return fitted[cost]
+
+    monkeypatch.setattr(rerank_module, "fit_reranker", fit)
+    found = train(CONFIG, tiny, tmp_path / "run").reranker
+    assert list(fitted) == [0.1, 0.3, 1.0]
+    dev, model, quality = tiny.split("dev"), load(tmp_path / "run", rerank=False), {}
+    top = model.predict_topk(dev.features, 6)
+    for cost, each in fitted.items():
+        right = [
+            [label in own for label in row]
+            for row, own in zip(top.labels, np.split(dev.labels.indices, dev.labels.indptr[1:-1]), strict=True)
+        ]
+        weight = fit_weight(top.scores / 3, each.margins(dev.features, top.labels), right)
+        both = dataclasses.replace(each, weight=weight)
+        quality[cost] = ndcg_at_k(both.rerank(dev.features, top, 5, 3).labels, dev.labels, 5), both.key
+    best = max(quality, key=lambda cost: quality[cost][0])
+    assert record_of(tmp_path / "run")["cost"] == best and found.key == quality[best][1]
+    fitted.clear()
+    train(CONFIG, tiny_without_dev, tmp_path / "none")
+    assert list(fitted) == [0.2]
 
 
 def test_what_was_stopped_goes_on(tiny, tmp_path, monkeypatch, run):
