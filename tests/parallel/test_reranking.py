@@ -107,7 +107,7 @@ def test_samples_held_out_are_not_fitted_on_and_tell_the_weight(tiny_without_dev
     assert record_of(tmp_path / "held")["weight_from"] == "held out"
     train(CONFIG, tiny_without_dev, tmp_path / "none")
     record = record_of(tmp_path / "none")
-    assert (record["weight"], record["weight_from"], len(seen[1])) == (DEFAULT_WEIGHT, "default", 200)
+    assert (record["weight"], record["weight_from"], len(seen[-1])) == (DEFAULT_WEIGHT, "default", 200)
 
 
 def test_the_best_of_three_costs_is_taken_where_samples_can_tell(tiny, tiny_without_dev, tmp_path, monkeypatch):

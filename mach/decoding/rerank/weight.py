@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 DEFAULT_WEIGHT = 1.5  # where there are no such samples: see experiments/accuracy
-MOST = 10.0
+MOST = 30.0
 SAMPLES = 20_000  # of which a fit has enough
 
 
