@@ -2,9 +2,9 @@
 
     python experiments/accuracy/recipe/run.py DATA [DATA ...] --out runs/recipe [--seeds 0] [--only epochs=3 ...]
 
-DATA are folders of XC-repository text. Judged on dev.txt if there is one, else on a tenth of train.txt that is held out; test splits
-are not read. The re-ranker has its settings for sets without a dev split, so that what judges is not what chose. Prints a Markdown
-table for each; a second call trains only what is left.
+DATA are folders of XC-repository text. Judged on dev.txt if there is one, else on a tenth of train.txt that is held out; test
+splits are not read. The re-ranker has its settings for sets without a dev split, so that what judges is not what chose. Prints a
+Markdown table for each; a second call trains only what is left.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     for source in args.data:
         dataset = mach.prepare(source, args.out / f"{source.name}.data")
-        print(
-            f"\n## {source.name}\n\n| changed | seed | both stages: P@1 / P@3 / P@5 | decoding alone | train s |\n|---|---|---|---|---|"
-        )
+        print(f"\n## {source.name}\n\n| changed | seed | both stages: P@1 / P@3 / P@5 | decoding alone | train s |")
+        print("|" + "---|" * 5)
         for change in ("", *args.only):
             for seed in map(int, args.seeds.split(",")):
                 print(measure(dataset, args.out / f"{source.name}-{seed}", change, seed), flush=True)
