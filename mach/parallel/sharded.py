@@ -25,7 +25,7 @@ from mach.model import Model, packed_axis, resolve_device
 from mach.parallel.comm import connect, launched
 from mach.parallel.memory import is_out_of_memory, what_to_lower
 from mach.parallel.progress import Watch
-from mach.parallel.runners import refuse_full_disk, underway
+from mach.parallel.ready import refuse_full_disk, underway
 from mach.store.folder import Run, sizes_of, table_of
 from mach.store.shards import (
     BEST,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mach.config import Config
 from mach.errors import ModelError, Stopped
 from mach.model import resolve_precision, resolve_rows
-from mach.parallel import runners, train
+from mach.parallel import ready, train
 from mach.parallel.plan import disk_bytes
 from mach.store import Run
 from mach.store.folder import sizes_of
@@ -82,7 +82,7 @@ def test_only_groups_under_way_together_hold_checkpoints(tiny):
 def test_too_little_room_is_refused_before_the_first_step(tiny, tmp_path, monkeypatch):
     needed = disk_bytes(CONFIG, sizes_of(CONFIG, tiny), [[0, 1]], n_workers=1)
     free, asked = [needed - 1], []
-    monkeypatch.setattr(runners, "free_bytes", lambda folder: (asked.append(folder), free[0])[1])
+    monkeypatch.setattr(ready, "free_bytes", lambda folder: (asked.append(folder), free[0])[1])
     with pytest.raises(ModelError) as caught:
         train(CONFIG, tiny, tmp_path / "run")
     assert re.search(rf"^{tmp_path}/run: training writes {needed:,} more bytes of checkpoints and finished", str(caught.value))
@@ -98,7 +98,7 @@ def test_checkpoints_that_are_there_are_not_needed_again(tiny, tmp_path, monkeyp
     Run.create(tmp_path / "run", CONFIG, tiny)
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "other.safetensors").write_bytes(12_345 * b"x")
-    monkeypatch.setattr(runners, "free_bytes", lambda folder: 0)
+    monkeypatch.setattr(ready, "free_bytes", lambda folder: 0)
     needed = disk_bytes(CONFIG, sizes_of(CONFIG, tiny), [[0, 1]], n_workers=1) - 12_345
     with pytest.raises(ModelError, match=rf"training writes {needed:,} more bytes"):
         train(CONFIG, tiny, tmp_path / "run")
