@@ -90,7 +90,7 @@ class Config:
     rerank: int | Literal["auto"] = _setting(
         AUTO,
         "best labels of a sample that sparse linear weights order anew, fitted once all repetitions are trained; 0: none; "
-        "auto: 20 for hashed tables over sparse features",
+        "auto: 20 for hashed tables over sparse features, but for squared-hinge",
         0,
         1000,
     )
@@ -184,7 +184,8 @@ class Config:
         Raises: ConfigError if some are wanted over dense features.
         """
         if self.rerank == AUTO:
-            return 20 if self.table == "hashed" and features == "sparse" else 0
+            suits = self.table == "hashed" and self.loss != "squared-hinge"  # whose outputs a margin's default weight drowns
+            return 20 if suits and features == "sparse" else 0
         if self.rerank and features == "dense":
             raise ConfigError(f"rerank={self.rerank} must be 0 or 'auto' over dense features")
         return int(self.rerank)

@@ -193,3 +193,13 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
     path.write_text("hiden = 4")
     with pytest.raises(ConfigError, match=r"bad\.toml: unknown key 'hiden'; did you mean 'hidden'\?"):
         load_config(path)
+
+
+def test_who_has_a_second_stage():
+    assert Config().n_reranked("sparse") == 20 and Config(loss="softmax").n_reranked("sparse") == 20
+    others = (
+        Config().n_reranked("dense"),
+        *(Config(**one).n_reranked("sparse") for one in ({"table": "identity"}, {"loss": "squared-hinge"})),
+    )
+    assert others == (0, 0, 0)
+    assert Config(table="identity", loss="squared-hinge", rerank=5).n_reranked("sparse") == 5
