@@ -63,8 +63,8 @@ def rerank(
         raise ModelError(f"{run.path}: was trained on another data set than {dataset.path}; give that one")
     n_listed = min(run.sizes.n_labels, depth + math.ceil(run.sizes.labels_a_sample))  # so that some are negatives
     began, lists = time.perf_counter(), run.path / SHORTLISTS
-    if lists.exists() and read_facts(lists)["k"] != n_listed:
-        lists.unlink()
+    if lists.exists() and [(facts := read_facts(lists))["k"], facts["repetitions"]] != [n_listed, run.finished()]:
+        lists.unlink()  # of other settings, or of fewer repetitions
     if not lists.exists():
         with progress_bar("shortlists", shown=progress) as tell:
             how: dict[str, Any] = {"split": "train", "k": n_listed, "rerank": False}
@@ -93,7 +93,7 @@ def rerank(
             found.append((judge.quality(fitted) if judge else 0.0, cost, fitted))
     _, cost, best = max(found, key=lambda each: each[0])
     weight_from = "given" if isinstance(config.rerank_weight, float) else judge.name if judge else "default"
-    facts = {
+    record = {
         "cost": cost,
         "weight_from": weight_from,
         "listed": n_listed,
@@ -102,7 +102,7 @@ def rerank(
         "train_s": round(time.perf_counter() - began, 3),
         "peak_bytes": peak_bytes(torch.device("cpu")),
     }
-    save_reranker(run.path, run.manifest["key"], best, facts)
+    save_reranker(run.path, run.manifest["key"], best, record)
     lists.unlink()
     return best
 

@@ -151,6 +151,15 @@ def test_what_was_stopped_goes_on(tiny, tmp_path, monkeypatch, run):
     assert load(tmp_path / "run").reranker.key == load(run.path).reranker.key
 
 
+def test_shortlists_of_other_repetitions_are_made_again(tiny, tmp_path, run):
+    part = tmp_path / "run"
+    train(CONFIG.replace(repetitions=2, rerank=6), tiny, part)
+    predict(part, tiny.path, part / "shortlists.parquet", split="train", k=record_of(part)["listed"], rerank=False)
+    for name in ("reranker.json", "reranker.safetensors"):
+        (part / name).unlink()
+    assert train(CONFIG, tiny, part).reranker.key == load(run.path).reranker.key
+
+
 def test_a_request_to_stop_is_heard_between_blocks(tiny, tmp_path, monkeypatch):
     real, asked = rerank_module.fit_reranker, []
 
