@@ -33,7 +33,8 @@ class Answers:
 def ask(run: str | Path, model: Model, texts: Sequence[str], k: int, *, estimator: Estimator, as_asked: bool = False) -> Answers:
     """Give the k best labels of each text; with probabilities where the run is calibrated for these scores.
 
-    Without, a softmax's logits are taken as log-probabilities, which rank alike and can be shown; not if `as_asked`.
+    Without, a softmax's logits are taken as log-probabilities, which rank alike and can be shown; not if `as_asked`, nor where a
+    second stage adds to logits.
     Raises: as `Model.predict_topk`.
     """
     doubt = ""
@@ -44,7 +45,7 @@ def ask(run: str | Path, model: Model, texts: Sequence[str], k: int, *, estimato
             return Answers(top, calibration.probabilities(top.scores), True)
         except ModelError as error:
             doubt = f"not calibrated: {error}"
-    if (estimator, model.config.loss, as_asked) == ("logits", "softmax", False):
+    if (estimator, model.config.loss, as_asked) == ("logits", "softmax", False) and model.reranker is None:
         estimator = "log-probs"
     top = model.predict_topk(texts, k, estimator=estimator)
     return Answers(top, np.asarray(naive(top.scores, estimator, len(model.repetitions))), False, doubt)

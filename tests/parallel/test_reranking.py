@@ -11,6 +11,7 @@ import pytest
 from mach import Config, load, train
 from mach.decoding.rerank import DEFAULT_WEIGHT, fit_weight
 from mach.errors import ConfigError, ModelError, Stopped
+from mach.inspect.ask import ask
 from mach.metrics import ndcg_at_k
 from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
@@ -76,6 +77,14 @@ def test_a_calibration_is_of_the_scores_of_both_stages(run):
     both, plain = load(run.path), load(run.path, rerank=False)
     assert scores_key(both, "logits") == scores_key(plain, "logits") | {"reranker": both.reranker.key}
     assert scores_key(both, "mean") == scores_key(plain, "mean")
+
+
+def test_asking_gives_what_predicting_gives(tiny, tmp_path):
+    model = train(CONFIG.replace(loss="softmax", epochs=1), tiny, tmp_path / "run")
+    X = tiny.split("test").features
+    answers = ask(tmp_path / "run", model, X, 5, estimator="logits")
+    assert np.array_equal(answers.top.labels, model.predict_topk(X, 5).labels)
+    assert not np.array_equal(answers.top.labels, model.predict_topk(X, 5, estimator="log-probs").labels)
 
 
 def test_settings_in_place_of_the_runs(tiny, tmp_path):
