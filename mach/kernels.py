@@ -84,7 +84,7 @@ def write(array: Any, i: int, x: Any) -> None:
     array[i] = x if np.issubdtype(array.dtype, np.floating) else bits_of(x)
 
 
-@numba.extending.overload(read)  # type: ignore[untyped-decorator]
+@numba.extending.overload(read)  # type: ignore[untyped-decorator]  # numba has no types
 def _read(x: Any) -> Any:
     def bits(x: Any) -> Any:  # annotated as its overload is: numba compares them
         return float_of(x)
@@ -95,7 +95,7 @@ def _read(x: Any) -> Any:
     return bits if isinstance(x, types.Integer) else plain
 
 
-@numba.extending.overload(write)  # type: ignore[untyped-decorator]
+@numba.extending.overload(write)  # type: ignore[untyped-decorator]  # numba has no types
 def _write(array: Any, i: Any, x: Any) -> Any:
     def bits(array: Any, i: Any, x: Any) -> Any:
         array[i] = bits_of(np.float32(x))

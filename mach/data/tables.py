@@ -202,9 +202,10 @@ class _Batch:
         return _rows(counts, np.array(vocabulary.ids_of(names.to_pylist()), np.int32), None)
 
     def text(self) -> list[str]:
-        texts: list[str] = self._batch.column("text").to_pylist()
-        if None in texts:
-            raise self._refuse(texts.index(None), "column text is null")  # type: ignore[arg-type]
+        column = self._batch.column("text")
+        if column.null_count:
+            raise self._refuse(column.to_pylist().index(None), "column text is null")
+        texts: list[str] = column.to_pylist()
         return texts
 
     def sparse(self) -> CSR:

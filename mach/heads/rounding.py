@@ -226,15 +226,15 @@ def _widen(out: np.ndarray, stored: np.ndarray) -> None:
 
 def load_row(row: Any, stored: Any) -> None:
     """Within a kernel: read a stored row into a row of floats."""
-    raise NotImplementedError  # compiled only
+    raise NotImplementedError  # numba compiles its overload instead
 
 
 def store_row(stored: Any, row: Any, key: Any) -> None:
     """Within a kernel: write a row of floats, rounded by the row's key where it is stored in less."""
-    raise NotImplementedError  # compiled only
+    raise NotImplementedError  # numba compiles its overload instead
 
 
-@numba.extending.overload(load_row)  # type: ignore[untyped-decorator]
+@numba.extending.overload(load_row)  # type: ignore[untyped-decorator]  # numba has no types
 def _load_row(row: Any, stored: Any) -> Any:
     def plain(row: Any, stored: Any) -> Any:
         for d in range(len(row)):
@@ -251,7 +251,7 @@ def _load_row(row: Any, stored: Any) -> Any:
     return {types.uint16: bfloat16, types.uint8: float8}.get(stored.dtype, plain)
 
 
-@numba.extending.overload(store_row)  # type: ignore[untyped-decorator]
+@numba.extending.overload(store_row)  # type: ignore[untyped-decorator]  # numba has no types
 def _store_row(stored: Any, row: Any, key: Any) -> Any:
     def plain(stored: Any, row: Any, key: Any) -> Any:
         for d in range(len(row)):

@@ -74,7 +74,7 @@ class TritonScan(TorchScan):
         """Give the best score of each block, (N, G)."""
         out_NG = self.packed.new_empty(len(self.packed) * self.group, self.n_blocks)
         grid = (self.n_blocks, len(self.packed))
-        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]  # torch has none
             triton_kernels.block_maxima[grid](self.packed, *self._held(), out_NG, *self._sizes(), self.n_blocks, **self.meta)
         return out_NG[: len(self.scores_NRB)]
 
@@ -83,7 +83,7 @@ class TritonScan(TorchScan):
         N, M = blocks_NM.shape
         out_NM = self.packed.new_empty(N, M * self.width)
         given = (rows_N.contiguous(), blocks_NM.contiguous(), out_NM)
-        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]  # torch has none
             triton_kernels.chosen_scores[(N * M,)](self.packed, *self._held(), *given, *self._sizes(), M, **self.meta)
         return self.labels_of(blocks_NM)[0], out_NM
 

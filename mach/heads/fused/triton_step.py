@@ -49,7 +49,7 @@ def step(
     *, loss: Loss, rule: Rule, state: State, want_loss: bool, chunk_bytes: int, blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Take the step; see `mach.heads.fused.fused_step`."""
-    with torch.cuda.device_of(weight_RBD):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(weight_RBD):  # type: ignore[no-untyped-call]  # torch has none
         made = _Step(hidden_RND, weight_RBD, bias_RB, positives, loss, blocks)
         return made.run(rule, state, want_loss, chunk_bytes)
 
