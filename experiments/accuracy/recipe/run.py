@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,30 +24,17 @@ from mach.store import Run
 from mach.train.loop import held_out_rows
 
 CHANGES = (
-    "epochs=3", "epochs=10", "dropout=0.1", "dropout=0.5", "hidden=256", "hidden=1024", "layers=1", "batch_size=128",
-    "repetitions=16", "loss=squared-hinge", "loss=softmax", "head_optimizer=rowwise-adam", "weight_decay=0.01",
-    "normalize=false", "grouped=0.5",
+    {"epochs": 3}, {"epochs": 10}, {"dropout": 0.1}, {"dropout": 0.5}, {"hidden": 256}, {"hidden": 1024}, {"layers": 1},
+    {"batch_size": 128}, {"repetitions": 16}, {"loss": "squared-hinge"}, {"loss": "softmax"}, {"head_optimizer": "rowwise-adam"},
+    {"weight_decay": 0.01}, {"normalize": False}, {"grouped": 0.5},
 )  # fmt: skip
-
-
-def value_of(text: str) -> object:
-    """Read a setting as TOML has it, or as a word."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+BY_NAME: dict[str, dict[str, Any]] = {f"{name}={value}": {name: value} for each in CHANGES for name, value in each.items()}
 
 
 def measure(dataset: mach.Dataset, out: Path, change: str, seed: int) -> str:
     has_dev = "dev" in dataset.split_names
     fixed = {"rerank_cost": DEFAULT_COST, "rerank_weight": DEFAULT_WEIGHT, "validation": 0.0 if has_dev else 0.1}
-    name, _, value = change.partition("=")
-    changed = {name: value_of(value)} if name else {}
-    config = mach.Config(seed=seed).replace(**fixed, **changed)
+    config = mach.Config(seed=seed).replace(**fixed, **BY_NAME.get(change, {}))
     path = out / (change.replace("=", "-") or "defaults")
     model = mach.train(config, dataset, path)
     judged = dataset.split("dev" if has_dev else "train")
@@ -67,7 +55,7 @@ def main() -> None:
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", nargs="+", default=CHANGES)
+    parser.add_argument("--only", nargs="+", default=list(BY_NAME), choices=list(BY_NAME), metavar="NAME=VALUE")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     for source in args.data:
