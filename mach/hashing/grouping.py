@@ -72,8 +72,8 @@ def group_labels(sums: LabelSums, n_buckets: int, *, seed: int, repetition: int)
     _spread(frequent, sums.counts_K, _key(seed, repetition, "choices"), table_K, load_B)
     if n_rare:
         room_B = np.maximum(0, -(-int((sums.counts_K + 1).sum()) // n_buckets) - load_B)
-        bounds = np.zeros(n_buckets + 1, np.int64)
-        bounds[1:] = np.cumsum(room_B) / room_B.sum() * n_rare
+        room = int(room_B.sum())
+        bounds = np.array([0, *(int(taken) * n_rare // room for taken in np.cumsum(room_B))], np.int64)
         order_T = np.arange(n_rare)
         _shuffle(order_T, _key(seed, repetition, "rare"))
         _bisect(sums.directions(), order_T, bounds, _key(seed, repetition, "halves"))
