@@ -57,10 +57,12 @@ class Config:
     )
 
     loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
-    epochs: int = _setting(6, "passes over the training samples", 1)
+    epochs: int | Literal["auto"] = _setting(
+        AUTO, "passes over the training samples; auto: 3, and where samples are few up to 10, so that 100,000 are seen", 1
+    )
     batch_size: int = _setting(256, "samples a step", 1)
-    learning_rate: float = _setting(2e-3, "peak step size of AdamW, after the warm-up", 0)
-    input_learning_rate: float = _setting(3e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)
+    learning_rate: float = _setting(4e-3, "peak step size of AdamW, after the warm-up", 0)
+    input_learning_rate: float = _setting(6e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)
     weight_decay: float = _setting(0.0, "decoupled weight decay of AdamW, a step", 0)
     warmup: float = _setting(0.05, "share of the steps over which the step size rises; after it falls as a cosine", 0, 1)
 
@@ -155,6 +157,10 @@ class Config:
         if buckets > n_labels:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
+
+    def n_epochs(self, n_samples: int) -> int:
+        """Resolve the number of passes over so many training samples."""
+        return max(3, min(10, -(-100_000 // n_samples))) if self.epochs == AUTO else int(self.epochs)
 
     def head_storage(self) -> HeadPrecision:
         """Resolve the type in which the head's weights are kept."""

@@ -98,7 +98,8 @@ class Group:
         self.feature_buckets = feature_buckets(config, sizes, self.repetitions)
         self.train = dataset.split("train")
         self.n_samples, self.n_held, self.held_out = _held_out(config, dataset)
-        self.n_steps = config.epochs * self.steps_per_epoch
+        self.n_epochs = config.n_epochs(self.n_samples)
+        self.n_steps = self.n_epochs * self.steps_per_epoch
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]
         self.packed = self._initial()
@@ -162,7 +163,7 @@ class Group:
     def _rows_to_come(self) -> Iterator[np.ndarray]:
         """Give the rows of each batch still to come: a function of the seed and the step."""
         size, (epoch, place) = self.config.batch_size, divmod(self.step, self.steps_per_epoch)
-        for e in range(epoch, self.config.epochs):
+        for e in range(epoch, self.n_epochs):
             for i in range(place if e == epoch else 0, self.steps_per_epoch):
                 yield self.rows_at(e, np.arange(i * size, min((i + 1) * size, self.n_samples)))
 

@@ -77,7 +77,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
         for i in range(config.layers):
             h = h + drop(torch.relu(h @ leaves[f"layers.{i}.weight"] + leaves[f"layers.{i}.bias"]))
         h = h @ leaves["bottleneck.weight"] if config.bottleneck else h
-        share, value, gradient_h = rate_at(step, config.epochs * per_epoch, config.warmup), 0.0, torch.zeros_like(h)
+        share, value, gradient_h = rate_at(step, config.n_epochs(len(X)) * per_epoch, config.warmup), 0.0, torch.zeros_like(h)
         size = config.head_batch_size or len(rows)
         for start in range(0, len(rows), size):
             part, n_head = slice(start, start + size), n_head + 1
