@@ -60,6 +60,14 @@ lowest_bit = intrinsic(_typed_lowest)
 
 
 @jit
+def mix(x: np.uint64) -> np.uint64:
+    """Let every bit depend on every bit (Steele et al. 2014, OOPSLA: the finaliser of splitmix)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@jit
 def float_of(bits: np.uint16) -> np.float32:
     """Give the number that the bits of a bfloat16 stand for: the upper half of a float32."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)

@@ -3,7 +3,8 @@
 from mach.data.csr import CSR, take, take_rows
 from mach.data.dataset import Dataset, Split
 from mach.data.prepare import prepare
+from mach.data.split import split_dev
 from mach.data.text import TextVectorizer
 from mach.data.writer import write_dataset
 
-__all__ = ["CSR", "Dataset", "Split", "TextVectorizer", "prepare", "take", "take_rows", "write_dataset"]
+__all__ = ["CSR", "Dataset", "Split", "TextVectorizer", "prepare", "split_dev", "take", "take_rows", "write_dataset"]

@@ -1,10 +1,12 @@
 """How accurate is the ensemble, for what it costs? With and without its second stage, and the full head of the same encoder.
 
-    python experiments/accuracy/table/run.py DATA [DATA ...] --out runs/accuracy [--heads ours,full,quarter] [--seeds 0]
+    python experiments/accuracy/table/run.py DATA [DATA ...] --out runs/accuracy [--heads ours,full] [--seeds 0,1,2] [--dev alike]
 
 DATA are folders of XC-repository text with train.txt, test.txt and perhaps dev.txt. "ours" is `mach train` without flags;
-"published" the same without its second stage, which is MACH as its authors have it; "full" the full head; "quarter" ours with a
-quarter of the full head's outputs in all. Prints a Markdown table of the test split. A second call trains only what is left.
+"published" the same without its second stage, which is MACH as its authors have it; "half" ours with four repetitions; "full"
+the full head; "quarter" ours with a quarter of the full head's outputs in all. With --dev alike, a twentieth of train, whole
+groups of look-alikes, is held out to choose cost and weight of the second stage by, as for a test split drawn in groups. Prints
+a Markdown table of the test split. A second call trains only what is left.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 import mach
 from mach.compare.rows import Row, this_machine
 from mach.compare.run import Named, compare, measure
-from mach.data import Dataset
+from mach.data import Dataset, split_dev
 from mach.store.reranker import reranker_record
 
 METRICS = (("P@1", "P@3", "P@5"), ("PSP@1", "PSP@3", "PSP@5"), ("R@10",), ("R@100",))
@@ -26,6 +28,7 @@ def configurations(n_labels: int, seed: int) -> dict[str, mach.Config]:
     ours = mach.Config(seed=seed)
     return {
         "ours": ours,
+        "half": ours.replace(repetitions=4),
         "full": ours.replace(table="identity"),
         "quarter": ours.replace(buckets=max(2, n_labels // 4 // ours.repetitions)),
     }
@@ -59,23 +62,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--heads", default="ours,full,quarter")
+    parser.add_argument("--heads", default="ours,half,full,quarter")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--dev", choices=("samples", "alike"))
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     head = "data | head | seed | P@1 / P@3 / P@5 | PSP@1 / 3 / 5 | R@10 | R@100 | train s | parameters, million | MB | predict ms"
     print(f"| {head} | decode ms |")
     print("|" + "---|" * 12)
     for source in args.data:
-        dataset = mach.prepare(source, args.out / f"{source.name}.data")
+        dataset, name = mach.prepare(source, args.out / f"{source.name}.data"), source.name
+        if args.dev:
+            name = f"{name}-{args.dev}"
+            dataset = split_dev(dataset, args.out / f"{name}.data", share=0.05, by=args.dev)
         for seed in map(int, args.seeds.split(",")):
             known = configurations(dataset.n_labels, seed)
-            named = [Named(name, known[name]) for name in args.heads.split(",")]
-            out = args.out / f"{source.name}-{seed}"
+            named = [Named(head, known[head]) for head in args.heads.split(",")]
+            out = args.out / f"{name}-{seed}"
             for row in compare(dataset, out, named):
-                print(line(source.name, row, seed), flush=True)
+                print(line(name, row, seed), flush=True)
                 if row.name == "ours":
-                    print(line(source.name, without_reranker(row, out / row.name, dataset), seed), flush=True)
+                    print(line(name, without_reranker(row, out / row.name, dataset), seed), flush=True)
 
 
 if __name__ == "__main__":
