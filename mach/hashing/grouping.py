@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mach.hashing.families import Ids
-from mach.kernels import jit, jit_ieee
+from mach.kernels import jit, jit_ieee, mix
 
 RARE = 32  # a label with fewer samples is rare: too few to be told from the others in its bucket by itself
 WIDTH = 256  # d, numbers of a label's direction; a multiple of 64
@@ -87,17 +87,9 @@ def _key(seed: int, repetition: int, what: str) -> np.uint64:
 
 
 @jit
-def _mix(x: np.uint64) -> np.uint64:
-    """Let every bit depend on every bit (Steele et al. 2014, OOPSLA: the finaliser of splitmix)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@jit
 def _drawn(key: np.uint64, i: int) -> np.uint64:
     """Give the i-th of 64 random bits."""
-    return _mix(key + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15))
+    return mix(key + np.uint64(i + 1) * np.uint64(0x9E3779B97F4A7C15))
 
 
 @jit

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from mach.kernels import jit
+from mach.kernels import jit, mix
 
 ROUNDS = 8  # of the network that shuffles
 
@@ -52,16 +52,8 @@ def _permute(places: np.ndarray, n: np.uint64, half: np.uint64, keys: np.ndarray
         while True:
             left, right = x >> half, x & mask
             for key in keys:
-                left, right = right, left ^ (_mix(right + key) & mask)
+                left, right = right, left ^ (mix(right + key) & mask)
             x = (left << half) | right
             if x < n:
                 break
         samples[i] = x
-
-
-@jit
-def _mix(x: np.uint64) -> np.uint64:
-    """Let every bit depend on every bit (Steele et al. 2014, OOPSLA: the finaliser of splitmix)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
