@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mach import cli
+from mach.cli.arguments import UNITS, count
 from mach.config import Config
 from mach.data import Dataset
 from mach.store import Run, load_calibration, predictions
@@ -192,6 +194,14 @@ def test_an_interrupt_is_told(mach, monkeypatch, run):
     monkeypatch.setattr(Run, "load", interrupted)
     line = "\nmach ask: stopped; checkpoints and finished files are kept\n"
     assert mach("ask", run, "x") == (130, "", line)
+
+
+@pytest.mark.parametrize("module", ["mach", "mach.cli"])
+def test_both_modules_are_the_program(monkeypatch, capsys, module):
+    monkeypatch.setattr(sys, "argv", [module, "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"mach {version('mach')}\n")
 
 
 # prepare
@@ -700,31 +710,31 @@ def test_plan_bad_input(fails):
 
 @given(st.integers(0, 2**53), st.sampled_from(["", "b", "B"]))
 def test_a_plain_count_is_read_back(n, byte):
-    assert cli._count(f"{n}{byte}") == n
+    assert count(f"{n}{byte}") == n
 
 
-@given(st.integers(0, 10**6), st.sampled_from(list(cli.UNITS)), st.sampled_from(["", "b", "B"]), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from(list(UNITS)), st.sampled_from(["", "b", "B"]), st.booleans())
 def test_units_of_counts(n, unit, byte, upper):
-    assert cli._count(f"{n}{unit.upper() if upper else unit}{byte}") == n * cli.UNITS[unit]
+    assert count(f"{n}{unit.upper() if upper else unit}{byte}") == n * UNITS[unit]
 
 
 @given(st.text())
 def test_what_is_no_count_is_refused_by_name(text):
     try:
-        assert cli._count(text) == cli._count(text.strip())
+        assert count(text) == count(text.strip())
     except ArgumentTypeError as error:
         assert str(error) == f"{text!r} is not a count such as 3000000, 3m, 8G or 8GiB"
 
 
 @pytest.mark.parametrize(("text", "n"), [("3m", 3 * 10**6), ("8GiB", 8 << 30), ("8G", 8 * 10**9), ("1.5k", 1500), ("2e3", 2000)])
 def test_counts_as_people_write_them(text, n):
-    assert cli._count(text) == n
+    assert count(text) == n
 
 
 @pytest.mark.parametrize("text", ["", "m", "3x", "3mm", "nan", "inf", "1e999", "GiB"])
 def test_counts_that_are_none(text):
     with pytest.raises(ArgumentTypeError, match="is not a count"):
-        cli._count(text)
+        count(text)
 
 
 def test_version(capsys):

@@ -21,9 +21,10 @@ import numpy.typing as npt
 from mach.config import Estimator
 from mach.decoding.coarse import LANES, coarse_topk
 from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, joined, no_lists
-from mach.decoding.pruned import ASKED_ROWS, FEW, FEW_ROWS, GUESS_ROWS, Costs, Scratch, prune, scratch
+from mach.decoding.pruned import ASKED_ROWS, FEW, FEW_ROWS, GUESS_ROWS, Costs, prune
 from mach.decoding.scan import AGGREGATES, MEDIAN, SUM, scan_topk
 from mach.decoding.topk import GROUP, NO_LABEL, Float32, TopK, check_k, finish, frozen
+from mach.decoding.work import Scratch, scratch
 from mach.errors import ConfigError
 from mach.hashing.table import LabelTable, bucket_dtype
 from mach.kernels import N_THREADS, in_threads

@@ -222,7 +222,7 @@ def test_the_head_asks_itself_chunk_by_chunk(monkeypatch, dtype, restrict):
     parameters = {name: torch.from_numpy(rng.normal(size=shape)).to(dtype) for name, shape in shapes.items()}
     packed = Packed(parameters, config=Config(table="identity", normalize=False), features="dense")
     batch = make_batch(rng.normal(size=(5, 9)).astype(np.float32), normalize=False, device=CPU, dtype=dtype)
-    monkeypatch.setattr("mach.model.CHUNK_BYTES", {"cpu": 4 * 8 * 7})  # 7 outputs at a time
+    monkeypatch.setattr("mach.packed.CHUNK_BYTES", {"cpu": 4 * 8 * 7})  # 7 outputs at a time
     laps = []
     found = packed.full_topk(batch, 4, estimator="logits", restrict=restrict, lap=laps.append)
     z_NK = packed.logits(batch)[:, 0].float().numpy()

@@ -1,0 +1,68 @@
+"""Data sets: `mach prepare`, and what other commands need of a data set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mach.cli.arguments import Command
+from mach.cli.printing import say
+from mach.draw import progress_bar
+from mach.errors import DataError
+
+if TYPE_CHECKING:
+    from mach.data import Dataset
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="the train split's file, or a folder of train.*, test.* and dev.*")
+    parser.add_argument("--out", required=True, help="the data set's folder")
+    parser.add_argument("--test", help="the test split's file")
+    parser.add_argument("--dev", help="the dev split's file")
+    parser.add_argument("--format", default="auto", choices=("auto", "xc", "svmlight", "npz", "parquet", "tsv"))
+    parser.add_argument("--max-features", type=int, help="keep the most frequent word and character n-grams of text")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from mach.data import prepare
+
+    with progress_bar("preparing") as progress:
+        dataset = prepare(
+            args.source,
+            args.out,
+            test=args.test,
+            dev=args.dev,
+            format=args.format,
+            max_features=args.max_features,
+            progress=progress,
+        )
+    say(describe(dataset))
+
+
+PREPARE = Command(
+    "prepare", "Make a data set of XC-repository text, svmlight, npz, Parquet or TSV files.", _prepare_arguments, _prepare
+)
+
+
+def describe(dataset: Dataset) -> str:
+    """Say in a line what a data set holds."""
+    splits = ", ".join(f"{name} {dataset.split(name).n_samples:,}" for name in dataset.split_names)
+    return f"{dataset.path}: {splits} samples, {dataset.n_features:,} features, {dataset.n_labels:,} labels"
+
+
+def open_or_prepare(path: str, out: str) -> Dataset:
+    """Open a data set, or prepare a folder of text files once, beside the run."""
+    from mach.data import Dataset, prepare
+
+    if (Path(path) / "manifest.json").exists() or not any(Path(path).glob("train.*")):
+        return Dataset.open(path)
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", "1"))) > 1:
+        raise DataError(
+            f"{path}: is not a data set yet, and several processes would prepare it at once; run `mach prepare` first"
+        )
+    run = Path(out).resolve()
+    beside = run.with_name(run.name + ".data")
+    with progress_bar(f"preparing {beside}") as progress:
+        return prepare(path, beside, progress=progress)
