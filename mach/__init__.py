@@ -30,6 +30,7 @@ _WHERE = {
     "load_config": "mach.config",
     "precision_at_k": "mach.metrics",
     "prepare": "mach.data",
+    "split_dev": "mach.data",
     "train": "mach.parallel",
     "write_dataset": "mach.data",
 }
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mach.config import load_config as load_config
     from mach.data import Dataset as Dataset
     from mach.data import prepare as prepare
+    from mach.data import split_dev as split_dev
     from mach.data import write_dataset as write_dataset
     from mach.decoding import TopK as TopK
     from mach.errors import ConfigError as ConfigError

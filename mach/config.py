@@ -58,7 +58,7 @@ class Config:
 
     loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
     epochs: int | Literal["auto"] = _setting(
-        AUTO, "passes over the training samples; auto: 3, and where samples are few up to 10, so that 100,000 are seen", 1
+        AUTO, "passes over the training samples; auto: 3, and where samples are few up to 6, so that 100,000 are seen", 1
     )
     batch_size: int = _setting(256, "samples a step", 1)
     learning_rate: float = _setting(4e-3, "peak step size of AdamW, after the warm-up", 0)
@@ -160,7 +160,7 @@ class Config:
 
     def n_epochs(self, n_samples: int) -> int:
         """Resolve the number of passes over so many training samples."""
-        return max(3, min(10, -(-100_000 // n_samples))) if self.epochs == AUTO else int(self.epochs)
+        return max(3, min(6, -(-100_000 // n_samples))) if self.epochs == AUTO else int(self.epochs)
 
     def head_storage(self) -> HeadPrecision:
         """Resolve the type in which the head's weights are kept."""

@@ -82,14 +82,6 @@ def bits_of(x: np.float32) -> np.uint16:
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@jit
-def mix(x: np.uint64) -> np.uint64:
-    """Let every bit depend on every bit (Steele et al. 2014, OOPSLA: the finaliser of splitmix)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def read(x: Any) -> Any:
     """Within a kernel: give a number of an array of floats as it is, and one of an array of bfloat16 bits as float32."""
     return x if np.issubdtype(type(x), np.floating) else float_of(x)

@@ -143,7 +143,7 @@ def test_help_is_light_and_quick():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
-    commands = "prepare train rerank predict calibrate score decode evaluate ask compare inspect verify plan"
+    commands = "prepare split train rerank predict calibrate score decode evaluate ask compare inspect verify plan"
     assert re.findall(r"^    ([a-z]+)(?: |$)", done.stdout, flags=re.M) == commands.split()
 
 
@@ -157,7 +157,7 @@ def test_it_is_a_module_and_a_closed_pipe_is_no_trouble():
 
 
 def test_each_command_explains_itself(mach):
-    commands = "prepare train rerank predict calibrate score decode evaluate ask compare inspect verify plan"
+    commands = "prepare split train rerank predict calibrate score decode evaluate ask compare inspect verify plan"
     for command in commands.split():
         status, out, _ = mach(command, "--help")
         assert status == 0 and out.startswith(f"usage: mach {command} ")
@@ -232,6 +232,14 @@ def test_prepare_bad_input(fails, tmp_path):
     (tmp_path / "file").touch()
     fails("file/data: cannot be written", "prepare", xc, "--out", tmp_path / "file" / "data")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "xc"]
+
+
+def test_split_holds_samples_out_once(works, fails, tmp_path, tiny_without_dev):
+    args = ["split", tiny_without_dev.path, "--out", tmp_path / "data", "--share", "0.2"]
+    for _ in range(2):
+        assert works(*args) == f"{tmp_path / 'data'}: train 160, test 60, dev 40 samples, 50 features, 40 labels\n"
+    fails("holds another data set", *args, "--by", "alike")
+    fails("has a dev split already, of 40 samples", "split", tmp_path / "data", "--out", tmp_path / "again")
 
 
 # train

@@ -1,4 +1,4 @@
-"""Data sets: `mach prepare`, and what other commands need of a data set."""
+"""Data sets: `mach prepare`, `mach split`, and what other commands need of a data set."""
 
 from __future__ import annotations
 
@@ -44,6 +44,30 @@ def _prepare(args: argparse.Namespace) -> None:
 PREPARE = Command(
     "prepare", "Make a data set of XC-repository text, svmlight, npz, Parquet or TSV files.", _prepare_arguments, _prepare
 )
+
+
+def _split_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="a data set without a dev split")
+    parser.add_argument("--out", required=True, help="the new data set's folder")
+    parser.add_argument("--share", type=float, default=0.1, help="of the training samples (default 0.1)")
+    parser.add_argument(
+        "--by",
+        default="samples",
+        choices=("samples", "alike"),
+        help="samples: at random; alike: whole groups of samples with like features, for when what comes is new (default samples)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+
+
+def _split(args: argparse.Namespace) -> None:
+    from mach.data import Dataset, split_dev
+
+    with progress_bar("splitting") as progress:
+        dataset = split_dev(Dataset.open(args.data), args.out, share=args.share, by=args.by, seed=args.seed, progress=progress)
+    say(describe(dataset))
+
+
+SPLIT = Command("split", "Hold a part of train out as the dev split, on which settings are chosen.", _split_arguments, _split)
 
 
 def describe(dataset: Dataset) -> str:

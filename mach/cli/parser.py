@@ -6,7 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 from mach.cli.comparing import COMPARE, EVALUATE
-from mach.cli.datasets import PREPARE
+from mach.cli.datasets import PREPARE, SPLIT
 from mach.cli.looking import INSPECT, VERIFY
 from mach.cli.pieces import DECODE, SCORE
 from mach.cli.planning import PLAN
@@ -15,7 +15,7 @@ from mach.cli.printing import say
 from mach.cli.training import RERANK, TRAIN
 
 COMMANDS = (
-    PREPARE, TRAIN, RERANK, PREDICT, CALIBRATE, SCORE, DECODE, EVALUATE, ASK, COMPARE, INSPECT, VERIFY, PLAN,
+    PREPARE, SPLIT, TRAIN, RERANK, PREDICT, CALIBRATE, SCORE, DECODE, EVALUATE, ASK, COMPARE, INSPECT, VERIFY, PLAN,
 )  # fmt: skip
 
 
