@@ -54,7 +54,7 @@ def _split_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         default="samples",
         choices=("samples", "alike"),
-        help="samples: at random; alike: whole groups of samples with like features, for when what comes is new (default samples)",
+        help="samples: at random; alike: whole groups of like features, for when what comes is new (default samples)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
 
