@@ -126,6 +126,26 @@ def test_margins_are_those_of_a_dense_product(data):
         found.margins(CSR(empty.indptr, empty.indices, empty.values, 3), labels[:1])
 
 
+@pytest.mark.parametrize("n_own", [0, 1, 5, 20, 21, 60])
+def test_long_rows_of_weights_give_the_same_bits_as_short_ones(n_own):
+    """160 weights a label: sought from 20 features of a sample down, all visited above that."""
+    rng, width = np.random.default_rng(n_own), 200
+    W = np.stack([np.sort(rng.choice(width, 160, replace=False)) for _ in range(3)])
+    bits = rng.integers(0x3C00, 0x4100, W.size).astype(np.uint16) | (rng.integers(0, 2, W.size) << 15).astype(np.uint16)
+    found = Reranker(np.arange(4) * 160, W.ravel().astype(np.int32), bits, np.zeros(3, np.float32), width, 3, 1.0)
+    own = np.sort(rng.choice(width, n_own, replace=False)).astype(np.int32)
+    values = rng.normal(size=n_own).astype(np.float32)
+    margins = found.margins(CSR(np.array([0, n_own]), own, values, width), np.arange(3)[None])[0]
+    square, held = np.float32(0), dict(zip(own.tolist(), values, strict=True))
+    for value in values:
+        square += value * value
+    for label in range(3):
+        total = np.float32(0)
+        for feature, each in zip(W[label].tolist(), bits[160 * label :], strict=False):
+            total += np.float32(float_of(each)) * held.get(feature, np.float32(0))
+        assert margins[label] == total * (np.float32(1) / np.sqrt(square) if n_own else 0)
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_the_order_is_that_of_the_sums(seed, depth, k, has_ties):
