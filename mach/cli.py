@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, 
 
 from mach.config import Config, Estimator, load_config
 from mach.draw import progress_bar
-from mach.errors import DataError, MachError, ModelError, Stopped
+from mach.errors import ConfigError, DataError, MachError, ModelError, Stopped
 
 if TYPE_CHECKING:
     from mach.data import Dataset
@@ -192,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--labels", type=_count, required=True, help="K, such as 3000000 or 3m")
     plan.add_argument("--features", type=_count, help="F, to count the encoders' input layers too")
     plan.add_argument("--active-features", type=_count, help="features that a sample has on average, where they are sparse")
+    plan.add_argument("--samples", type=_count, help="N, training samples, to count the second stage, too; needs --features")
+    plan.add_argument("--labels-a-sample", type=float, default=1.0, help="that a training sample has on average (default 1)")
     plan.add_argument("--memory", type=_count, help="for training, such as 8G or 8GiB")
     plan.add_argument("--hidden", type=int, default=512, help="D, the widest hidden vector to propose (default 512)")
     plan.add_argument("--delta", type=float, default=0.01, help="allowed chance that two labels share all buckets (default 0.01)")
@@ -593,12 +595,17 @@ def _plan(args: argparse.Namespace) -> None:
     hashed, full = forecasts["hashed"], forecasts["full"]
     totals = [sum(found.parts_s.values()) for found in (hashed, full)]
     _say(f"{'bytes at the peak':26}{hashed.peak_bytes:>16,}{full.peak_bytes:>16,}")
+    if (second := hashed.second) is not None:
+        for name, value in asdict(second).items():
+            _say(f"{'  second stage, ' + name.replace('_', ' '):26}{value:>16,}{0:>16}")
     _say(f"{f'step of {args.batch_size} samples, ms':26}{1e3 * totals[0]:>16,.1f}{1e3 * totals[1]:>16,.1f}")
     for part in hashed.parts_s:
         shares = [100 * found.parts_s[part] / total for found, total in zip((hashed, full), totals, strict=True)]
         _say(f"{f'  {part}, %':26}{shares[0]:>16.1f}{shares[1]:>16.1f}")
     if args.features is None:
         _say("without the encoders' input layers; give --features to count them, too")
+    if args.samples is None:
+        _say("without the second stage, which orders the first labels anew; give --samples to count it, too")
     speeds = f"{rates.flops / 1e9:,.0f} GFLOP/s of {products} products and {rates.bytes / 1e9:.1f} GB/s of memory"
     _say(f"estimated with {speeds}, measured here just now; all repetitions of the hashed at once")
 
@@ -607,7 +614,14 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
     """Forecast the training of both heads of a plan, with rates of the machine at hand."""
     from mach.model import Sizes, resolve_device, resolve_precision
     from mach.parallel.forecast import forecast, measure_rates
+    from mach.parallel.second import Samples
 
+    if args.samples is not None and args.features is None:
+        raise ConfigError(f"samples={args.samples} needs --features: the second stage has weights of them")
+    if not args.labels_a_sample > 0:
+        raise ConfigError(f"labels_a_sample={args.labels_a_sample:g} must be above 0")
+    features = args.features if args.active_features is None else args.active_features
+    samples = None if args.samples is None else Samples(n=args.samples, features=features)
     device = resolve_device(args.device)
     hashed = Config(
         hidden=plan.hidden, repetitions=plan.n_repetitions, buckets=plan.n_buckets, batch_size=args.batch_size
@@ -621,9 +635,10 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
             n_labels=plan.n_labels,
             n_buckets=config.n_buckets(plan.n_labels),
             features="sparse",
-            labels_a_sample=1.0,
+            labels_a_sample=args.labels_a_sample,
         )
-        found[name] = forecast(config, sizes, rates=rates, device=device, active_features=args.active_features)
+        how: dict[str, Any] = {"rates": rates, "device": device, "samples": samples}
+        found[name] = forecast(config, sizes, active_features=args.active_features, **how)
     return rates, str(products).removeprefix("torch."), found
 
 

@@ -679,6 +679,18 @@ def test_plan(works):
     assert plain == roomy and tight["hashed"]["training_bytes"] <= 90_000_000 < plain["hashed"]["training_bytes"]
 
 
+def test_plan_counts_the_second_stage_where_samples_are_known(works, fails):
+    args = ["plan", "--labels", "10k", "--features", "20k", "--active-features", "30"]
+    assert "second stage, which orders the first labels anew; give --samples to count it, too" in works(*args)
+    out = works(*args, "--samples", "1m", "--labels-a-sample", "4.5")
+    rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()[4:]}
+    assert "give --samples" not in out and rows["bytes at the peak"][0] == rows["second stage, peak bytes"][0]
+    second = json.loads(works(*args, "--samples", "1m", "--labels-a-sample", "4.5", "--json"))["forecast"]["hashed"]["second"]
+    assert rows["second stage, parameters"] == [f"{second['parameters']:,}", "0"] and second["disk_bytes"] > 100 * 10**6
+    fails("samples=5 needs --features: the second stage has weights of them", "plan", "--labels", "100", "--samples", "5")
+    fails("labels_a_sample=0 must be above 0", *args, "--samples", "5", "--labels-a-sample", "0")
+
+
 def test_plan_bad_input(fails):
     fails(
         "memory=1048576 bytes is too little: the smallest sizes for 3000000 labels take",
