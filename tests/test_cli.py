@@ -625,6 +625,19 @@ def test_inspect_as_json(works, run):
     assert [at for at, _ in group["loss"]] == [1, 4]
 
 
+def test_inspect_tells_of_a_calibration(works, fails, run, tiny, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    assert "calibration" not in works("inspect", run) and json.loads(works("inspect", run, "--json"))["calibration"] is None
+    works("calibrate", run, tiny.path, "--top-k", "9")
+    (line,) = [line for line in works("inspect", run).splitlines() if line.startswith("calibration")]
+    found = json.loads(works("inspect", run, "--json"))["calibration"]
+    assert found["of"]["split"] == "dev" and set(found["measured"]) == {"before", "after"}
+    errors = ", ".join(f"ECE@{k} {found['measured']['after'][f'ECE@{k}']:.4f}" for k in (1, 5, 9))
+    assert line == f"calibration: isotonic, fitted on 40 samples of dev, logits of repetitions 0-1; {errors}"
+    flip_a_byte(run / "calibration.json")
+    fails("calibration.json: is broken .*; make it again with `mach calibrate`", "inspect", run)
+
+
 def test_inspect_draws(works, fails, run, tmp_path):
     assert works("inspect", run, "--plot", tmp_path / "a.png").endswith(f"plot: {tmp_path}/a.png\n")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
