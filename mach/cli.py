@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mach.parallel.forecast import Forecast, Rates
 
 LINE_OF_CTRL_C = "\n"  # a terminal writes ^C and stays on its line
+PARTLY = "the calibration was fitted where all labels may be found; with --restrict or --exclude its probabilities may be off"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -120,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--no-rerank", action="store_true", help="without the run's re-ranker: what decoding alone finds")
     _add_choice(predict)
     _add_asking(predict)
-    group = predict.add_argument_group("of a calibrated run")
+    group = predict.add_argument_group(
+        "of a calibrated run", "fitted where all labels may be found: with --restrict or --exclude they may be off"
+    )
     group.add_argument("--probabilities", action="store_true", help="also a column of them")
     group.add_argument("--precision", type=float, metavar="P", help="keep only labels above the threshold for this precision")
     group.add_argument("--min-probability", type=float, metavar="P", help="keep only labels at least this probable")
@@ -373,6 +376,9 @@ def _numbers(text: str | None) -> list[int] | None:
 def _predict(args: argparse.Namespace) -> None:
     from mach.parallel.offline import predict
 
+    is_trusted = args.probabilities or args.precision is not None or args.min_probability is not None
+    if is_trusted and (args.restrict or args.exclude):
+        print(f"mach predict: {PARTLY}", file=sys.stderr)
     with progress_bar("predicting") as progress:
         n_rows = predict(
             args.model,

@@ -458,7 +458,7 @@ def test_evaluate_options(works, predicted, tiny):
     assert amazon["P@1"] == found["P@1"] and amazon["PSP@1"] != found["PSP@1"]
 
 
-def test_calibrate_then_predict_and_evaluate(works, fails, run, tiny, tmp_path):
+def test_calibrate_then_predict_and_evaluate(works, mach, fails, run, tiny, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     p = tmp_path / "p.parquet"
     fails("run: is not calibrated .*; make one with `mach calibrate`", "predict", run, tiny.path, "--probabilities", "--out", p)
@@ -482,6 +482,15 @@ def test_calibrate_then_predict_and_evaluate(works, fails, run, tiny, tmp_path):
         "was fitted on other scores .*estimator logits there, mean now",
         "predict", run, tiny.path, "--probabilities", "--estimator", "mean", "--out", p,
     )  # fmt: skip
+    (tmp_path / "some").write_text("1\n2\n3\n")
+    (tmp_path / "none").write_text("\n" * tiny.split("test").n_samples)
+    for choice in (["--restrict", tmp_path / "some"], ["--exclude", tmp_path / "none"]):
+        for trust in (["--probabilities"], ["--precision", "0.2"], ["--min-probability", "0.1"], []):
+            status, _, err = mach("predict", run, tiny.path, *choice, *trust, "--top-k", "3", "--out", p)
+            warned = (
+                "mach predict: the calibration was fitted where all labels may be found; with --restrict or --exclude its pro"
+            )
+            assert (status, err.startswith(warned), err.count("\n")) == (0, bool(trust), len(trust[:1]))
     fails("trained on its split 'train'", "calibrate", run, tiny.path, "--split", "train")
     flip_a_byte(run / "calibration.json")
     fails("calibration.json: is broken", "verify", run)
