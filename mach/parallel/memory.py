@@ -32,9 +32,9 @@ CGROUPS = (  # limit and use of a container, version 2 and 1
 def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:
     """Estimate the most bytes that training n repetitions together takes on a device, the process or context included.
 
-    What stays: weights, moments, label table, and the head's copy for its products. What comes and goes with a step: one
-    repetition's weights beside them at the start and the end, a batch's hidden vectors, what a chunk of buckets takes in a step
-    that tells its loss, and the row gradients of a block.
+    What stays: weights, moments, label table, and the head's copy for its products. What comes and goes: one repetition's
+    weights, if there are several, beside them at the start and the end; with a step, a batch's hidden vectors, what a chunk of
+    buckets takes in one that tells its loss, and the row gradients of a block.
     """
     F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
@@ -47,8 +47,9 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     types = _types(config, products)
     copy = products.itemsize * B * width if linear.keeps_copy(n * B * width, **types) else 0
     slots = 4 * B if config.compensated else 0
+    beside = one.weight_bytes if n > 1 else 0
     return (
-        PROCESS_BYTES + n * (stays + copy + slots) + one.weight_bytes + step_bytes(config, sizes, n, device=device)
+        PROCESS_BYTES + n * (stays + copy + slots) + beside + step_bytes(config, sizes, n, device=device)
         + inputs.GRADIENT_BYTES[device.type]
     )  # fmt: skip
 
