@@ -78,7 +78,7 @@ def second_stage(config: Config, sizes: Sizes, samples: Samples) -> Second | Non
 def n_weights(sizes: Sizes, samples: Samples) -> int:
     """Estimate how many weights are kept, those near zero left out.
 
-    The features of a label's samples repeat, so different ones are fewer, as the root of all; and at most F. That was within 2.3
+    The features of a label's samples repeat, so different ones are fewer, as the root of all; and at most F. That was within 2.4
     times on seven data sets at a cost of 0.2; at a cost of 1 there are up to three times as many.
     Source: Heaps 1978, Information Retrieval, section 7.5 (different words of a text grow as a power of its length).
     """
