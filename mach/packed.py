@@ -142,10 +142,13 @@ class Packed:
         cls, each: Iterator[Mapping[str, Tensor]], n: int, *, config: Config, features: Features, device: torch.device,
         products: torch.dtype = torch.float32,
     ) -> Packed:  # fmt: skip
-        """Pack n repetitions, one at a time, so that at most one is held twice."""
+        """Pack n repetitions, one at a time, so that at most one is held twice; a lone one is taken as it is, without a copy."""
         packed: dict[str, Tensor] = {}
         for r, parameters in enumerate(each):
             for name, value in parameters.items():
+                if n == 1:
+                    packed[name] = value.unsqueeze(packed_axis(name)).to(device)
+                    continue
                 if name not in packed:
                     shape = list(value.shape)
                     shape.insert(packed_axis(name), n)

@@ -479,7 +479,7 @@ def test_evaluate_options(works, predicted, tiny):
     assert amazon["P@1"] == found["P@1"] and amazon["PSP@1"] != found["PSP@1"]
 
 
-def test_calibrate_then_predict_and_evaluate(works, fails, run, tiny, tmp_path):
+def test_calibrate_then_predict_and_evaluate(works, mach, fails, run, tiny, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     p = tmp_path / "p.parquet"
     fails("run: is not calibrated .*; make one with `mach calibrate`", "predict", run, tiny.path, "--probabilities", "--out", p)
@@ -503,6 +503,15 @@ def test_calibrate_then_predict_and_evaluate(works, fails, run, tiny, tmp_path):
         "was fitted on other scores .*estimator logits there, mean now",
         "predict", run, tiny.path, "--probabilities", "--estimator", "mean", "--out", p,
     )  # fmt: skip
+    (tmp_path / "some").write_text("1\n2\n3\n")
+    (tmp_path / "none").write_text("\n" * tiny.split("test").n_samples)
+    for choice in (["--restrict", tmp_path / "some"], ["--exclude", tmp_path / "none"]):
+        for trust in (["--probabilities"], ["--precision", "0.2"], ["--min-probability", "0.1"], []):
+            status, _, err = mach("predict", run, tiny.path, *choice, *trust, "--top-k", "3", "--out", p)
+            warned = (
+                "mach predict: the calibration was fitted where all labels may be found; with --restrict or --exclude its pro"
+            )
+            assert (status, err.startswith(warned), err.count("\n")) == (0, bool(trust), len(trust[:1]))
     fails("trained on its split 'train'", "calibrate", run, tiny.path, "--split", "train")
     flip_a_byte(run / "calibration.json")
     fails("calibration.json: is broken", "verify", run)
@@ -646,6 +655,19 @@ def test_inspect_as_json(works, run):
     assert [at for at, _ in group["loss"]] == [1, 4]
 
 
+def test_inspect_tells_of_a_calibration(works, fails, run, tiny, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    assert "calibration" not in works("inspect", run) and json.loads(works("inspect", run, "--json"))["calibration"] is None
+    works("calibrate", run, tiny.path, "--top-k", "9")
+    (line,) = [line for line in works("inspect", run).splitlines() if line.startswith("calibration")]
+    found = json.loads(works("inspect", run, "--json"))["calibration"]
+    assert found["of"]["split"] == "dev" and set(found["measured"]) == {"before", "after"}
+    errors = ", ".join(f"ECE@{k} {found['measured']['after'][f'ECE@{k}']:.4f}" for k in (1, 5, 9))
+    assert line == f"calibration: isotonic, fitted on 40 samples of dev, logits of repetitions 0-1; {errors}"
+    flip_a_byte(run / "calibration.json")
+    fails("calibration.json: is broken .*; make it again with `mach calibrate`", "inspect", run)
+
+
 def test_inspect_draws(works, fails, run, tmp_path):
     assert works("inspect", run, "--plot", tmp_path / "a.png").endswith(f"plot: {tmp_path}/a.png\n")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -698,6 +720,18 @@ def test_plan(works):
     assert forecasts[0]["full"]["peak_bytes"] == forecasts[1]["full"]["peak_bytes"] > 2 * 1_000_000 * 512
     assert forecasts[0]["rates"]["flops"] > 0 and forecasts[0]["hashed"]["parts_s"]["update"] > 0
     assert plain == roomy and tight["hashed"]["training_bytes"] <= 90_000_000 < plain["hashed"]["training_bytes"]
+
+
+def test_plan_counts_the_second_stage_where_samples_are_known(works, fails):
+    args = ["plan", "--labels", "10k", "--features", "20k", "--active-features", "30"]
+    assert "second stage, which orders the first labels anew; give --samples to count it, too" in works(*args)
+    out = works(*args, "--samples", "1m", "--labels-a-sample", "4.5")
+    rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()[4:]}
+    assert "give --samples" not in out and rows["bytes at the peak"][0] == rows["second stage, peak bytes"][0]
+    second = json.loads(works(*args, "--samples", "1m", "--labels-a-sample", "4.5", "--json"))["forecast"]["hashed"]["second"]
+    assert rows["second stage, parameters"] == [f"{second['parameters']:,}", "0"] and second["disk_bytes"] > 100 * 10**6
+    fails("samples=5 needs --features: the second stage has weights of them", "plan", "--labels", "100", "--samples", "5")
+    fails("labels_a_sample=0 must be above 0", *args, "--samples", "5", "--labels-a-sample", "0")
 
 
 def test_plan_bad_input(fails):

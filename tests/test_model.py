@@ -215,6 +215,20 @@ def test_packed_and_single_give_the_same_outputs():
         torch.testing.assert_close(together[:, r : r + 1], alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_lone_repetition_is_packed_and_handed_out_without_a_copy(largest, n):
+    """As the full head is, whose weights are most of what its training takes."""
+    sizes, config = Sizes(n_features=6, n_labels=9, n_buckets=5, features="sparse", labels_a_sample=1.0), Config(hidden=4)
+    drawn = [initial_parameters(config, sizes, torch.Generator().manual_seed(r), torch.float32) for r in range(n)]
+    with largest:
+        packed = Packed.join(iter(drawn), n, config=config, features="sparse", device=CPU)
+        given = packed.repetition(0)
+    assert (largest.n_elements == 0) == (n == 1)
+    for name, value in drawn[0].items():
+        assert torch.equal(given[name], value) and given[name].shape == value.shape
+        assert packed.parameters[name].is_contiguous() and (given[name].data_ptr() == value.data_ptr()) == (n == 1)
+
+
 def test_initial_weights_are_frozen():
     """Repetitions added later, elsewhere, must begin as if they had been trained here."""
     sizes = Sizes(n_features=3, n_labels=8, n_buckets=4, features="sparse", labels_a_sample=0.4)

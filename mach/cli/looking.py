@@ -20,16 +20,20 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from mach.inspect.history import histories
     from mach.inspect.plot import plot
+    from mach.inspect.reliability import summary
     from mach.inspect.show import show, show_parts, show_reranker, size_text
     from mach.store import Run
+    from mach.store.calibration import has_calibration, read_calibration
     from mach.store.reranker import reranker_record
 
     run = Run.open(args.model)
     records, problems, found = run.records(), run.problems(), histories(run.path)
+    calibration = read_calibration(run.path) if has_calibration(run.path) else None
     if args.json:
         groups = {history.name: history.to_dict() for history in found}
         told = {"manifest": run.manifest, "repetitions": records, "problems": problems, "groups": groups}
-        return say_json({**told, "reranker": reranker_record(run.path)})
+        probabilities = None if calibration is None else {"of": calibration.of, "measured": calibration.measured}
+        return say_json({**told, "reranker": reranker_record(run.path), "calibration": probabilities})
     sizes, config = run.sizes, run.config
     counts = f"{sizes.n_labels:,} labels, {sizes.n_buckets:,} buckets, {sizes.n_features:,} features"
     say(f"{args.model}: {config.table} table, {counts}")
@@ -47,6 +51,8 @@ def _inspect(args: argparse.Namespace) -> None:
                     say(line)
     if (second := reranker_record(run.path)) is not None:
         say(show_reranker(second))
+    if calibration is not None:
+        say(summary(calibration))
     for history in found:
         for line in show(history):
             say(line)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mach.cli.arguments import Command, count
 from mach.cli.printing import say, say_json
 from mach.config import Config
+from mach.errors import ConfigError
 
 if TYPE_CHECKING:
     from mach.hashing.bounds import Cost, Plan
@@ -20,6 +21,8 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=count, required=True, help="K, such as 3000000 or 3m")
     parser.add_argument("--features", type=count, help="F, to count the encoders' input layers too")
     parser.add_argument("--active-features", type=count, help="features that a sample has on average, where they are sparse")
+    parser.add_argument("--samples", type=count, help="N, training samples, to count the second stage, too; needs --features")
+    parser.add_argument("--labels-a-sample", type=float, default=1.0, help="that a training sample has on average (default 1)")
     parser.add_argument("--memory", type=count, help="for training, such as 8G or 8GiB")
     parser.add_argument("--hidden", type=int, default=512, help="D, the widest hidden vector to propose (default 512)")
     parser.add_argument(
@@ -48,12 +51,17 @@ def _plan(args: argparse.Namespace) -> None:
     hashed, full = forecasts["hashed"], forecasts["full"]
     totals = [sum(found.parts_s.values()) for found in (hashed, full)]
     say(f"{'bytes at the peak':26}{hashed.peak_bytes:>16,}{full.peak_bytes:>16,}")
+    if (second := hashed.second) is not None:
+        for name, value in asdict(second).items():
+            say(f"{'  second stage, ' + name.replace('_', ' '):26}{value:>16,}{0:>16}")
     say(f"{f'step of {args.batch_size} samples, ms':26}{1e3 * totals[0]:>16,.1f}{1e3 * totals[1]:>16,.1f}")
     for part in hashed.parts_s:
         shares = [100 * found.parts_s[part] / total for found, total in zip((hashed, full), totals, strict=True)]
         say(f"{f'  {part}, %':26}{shares[0]:>16.1f}{shares[1]:>16.1f}")
     if args.features is None:
         say("without the encoders' input layers; give --features to count them, too")
+    if args.samples is None:
+        say("without the second stage, which orders the first labels anew; give --samples to count it, too")
     speeds = f"{rates.flops / 1e9:,.0f} GFLOP/s of {products} products and {rates.bytes / 1e9:.1f} GB/s of memory"
     say(f"estimated with {speeds}, measured here just now; all repetitions of the hashed at once")
 
@@ -65,7 +73,14 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
     """Forecast the training of both heads of a plan, with rates of the machine at hand."""
     from mach.model import Sizes, resolve_device, resolve_precision
     from mach.parallel.forecast import forecast, measure_rates
+    from mach.parallel.second import Samples
 
+    if args.samples is not None and args.features is None:
+        raise ConfigError(f"samples={args.samples} needs --features: the second stage has weights of them")
+    if not args.labels_a_sample > 0:
+        raise ConfigError(f"labels_a_sample={args.labels_a_sample:g} must be above 0")
+    features = args.features if args.active_features is None else args.active_features
+    samples = None if args.samples is None else Samples(n=args.samples, features=features)
     device = resolve_device(args.device)
     hashed = Config(
         hidden=plan.hidden, repetitions=plan.n_repetitions, buckets=plan.n_buckets, batch_size=args.batch_size
@@ -79,9 +94,10 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
             n_labels=plan.n_labels,
             n_buckets=config.n_buckets(plan.n_labels),
             features="sparse",
-            labels_a_sample=1.0,
+            labels_a_sample=args.labels_a_sample,
         )
-        found[name] = forecast(config, sizes, rates=rates, device=device, active_features=args.active_features)
+        how: dict[str, Any] = {"rates": rates, "device": device, "samples": samples}
+        found[name] = forecast(config, sizes, active_features=args.active_features, **how)
     return rates, str(products).removeprefix("torch."), found
 
 

@@ -10,6 +10,8 @@ from mach.cli.arguments import Command, add_asking, add_choice, add_top_k, how_a
 from mach.cli.printing import complain, say, say_json
 from mach.draw import progress_bar
 
+PARTLY = "the calibration was fitted where all labels may be found; with --restrict or --exclude its probabilities may be off"
+
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN", help="a run folder")
@@ -21,7 +23,9 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-rerank", action="store_true", help="without the run's re-ranker: what decoding alone finds")
     add_choice(parser)
     add_asking(parser)
-    group = parser.add_argument_group("of a calibrated run")
+    group = parser.add_argument_group(
+        "of a calibrated run", "fitted where all labels may be found: with --restrict or --exclude they may be off"
+    )
     group.add_argument("--probabilities", action="store_true", help="also a column of them")
     group.add_argument("--precision", type=float, metavar="P", help="keep only labels above the threshold for this precision")
     group.add_argument("--min-probability", type=float, metavar="P", help="keep only labels at least this probable")
@@ -30,6 +34,9 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from mach.parallel.offline import predict
 
+    is_trusted = args.probabilities or args.precision is not None or args.min_probability is not None
+    if is_trusted and (args.restrict or args.exclude):
+        complain(f"mach predict: {PARTLY}")
     with progress_bar("predicting") as progress:
         n_rows = predict(
             args.model,

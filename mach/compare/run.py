@@ -26,6 +26,7 @@ from mach.model import DEFAULT_ESTIMATOR, Model
 from mach.parallel import train
 from mach.parallel.devices import devices_of
 from mach.parallel.memory import group_bytes
+from mach.parallel.second import Samples, second_stage
 from mach.store import Run
 from mach.store.reranker import reranker_record
 from mach.train.clock import Clock
@@ -148,13 +149,17 @@ def _measure(
         decode_s=decode_s,
         n_test=dataset.split(SPLIT).n_samples,
         peak_bytes=max(record["peak_bytes"] for record in trained),
-        predicted_bytes=max(
-            group_bytes(run.config, run.sizes, len(record["group"]), device=torch.device(devices_of(device)[0]))
-            for record in records
-        ),
+        predicted_bytes=_predicted_bytes(run, dataset, [len(record["group"]) for record in records], devices_of(device)[0]),
         parts_s=_sums([*(record.get("parts_s", {}) for record in records), {"rerank": second["train_s"]}]),
         by_repetitions=by_repetitions(model, dataset),
     )
+
+
+def _predicted_bytes(run: Run, dataset: Dataset, groups: Sequence[int], device: str) -> int:
+    """Give what groups of such sizes, and the second stage after them, were expected to take at most."""
+    second = second_stage(run.config, run.sizes, Samples.of(dataset))
+    trained = max(group_bytes(run.config, run.sizes, n, device=torch.device(device)) for n in groups)
+    return trained if second is None else max(trained, second.peak_bytes)
 
 
 def _sums(each: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from mach.calibration import Calibration, Threshold
 from mach.draw import INK, LINE, MUTED, PALETTE, bar
 from mach.inspect.plot import check_ending, save
+from mach.store.calibration import METHOD
 
 MEASURES = {"ECE": "expected calibration error", "Brier": "Brier score"}
 
@@ -27,6 +28,14 @@ def show_calibration(calibration: Calibration) -> Iterator[str]:
     yield f"{'precision':>9}{'scores from':>13}{'recall':>8}{'coverage':>10}{'on the other half':>19}"
     for threshold in calibration.thresholds:
         yield _threshold_line(threshold)
+
+
+def summary(calibration: Calibration) -> str:
+    """Say in a line what a calibration was fitted on, and how far it can be trusted."""
+    of, scores, after = calibration.of, calibration.of["scores"], calibration.measured["after"]
+    stages = f"{scores['estimator']} of repetitions {scores['repetitions']}{' and the re-ranker' if 'reranker' in scores else ''}"
+    errors = ", ".join(f"{name} {after[name]:.4f}" for name in after if name.startswith("ECE"))
+    return f"calibration: {METHOD}, fitted on {of['n_samples']:,} samples of {of['split']}, {stages}; {errors}"
 
 
 def _threshold_line(threshold: Threshold) -> str:

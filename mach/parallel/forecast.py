@@ -1,8 +1,8 @@
 """What a step of training will take on this machine: the work of each part, counted, over rates measured in a second or two.
 
-Estimates: memory is `group_bytes`; times are of counted FLOPs, at the rate of one large product, and of counted bytes, at the
-rate of one long pass over memory. What starts and joins threads, caches that hold more or less, and the reading of the data are
-not in them.
+Estimates: memory is `group_bytes`, or that of the second stage (`mach.parallel.second`) where it is more; times are of counted
+FLOPs, at the rate of one large product, and of counted bytes, at the rate of one long pass over memory. What starts and joins
+threads, caches that hold more or less, the reading of the data and the second stage are not in them.
 
 Symbols: N samples of a batch, R repetitions, F input features, B buckets, D hidden width, V width of a bottleneck.
 """
@@ -19,6 +19,7 @@ from mach.config import Config
 from mach.hashing.bounds import HEAD_BYTES
 from mach.model import Sizes, resolve_precision, resolve_rows
 from mach.parallel.memory import group_bytes
+from mach.parallel.second import Samples, Second, second_stage
 
 PRODUCT = 1024  # rows and columns of the product that is timed
 PASS_BYTES = 64 << 20  # of the memory that is passed over: more than caches hold
@@ -105,14 +106,20 @@ def step_seconds(
 class Forecast:
     """What training some repetitions together is expected to take."""
 
-    peak_bytes: int  # as `group_bytes` estimates it, the process included
+    peak_bytes: int  # as `group_bytes` estimates it, or the second stage's; the process included
     parts_s: dict[str, float]  # of a step
+    second: Second | None = None  # what the second stage takes, where the training samples are known
 
 
-def forecast(config: Config, sizes: Sizes, *, rates: Rates, device: torch.device, active_features: int | None = None) -> Forecast:
-    """Forecast the training of all repetitions at once on a device of such rates."""
+def forecast(
+    config: Config, sizes: Sizes, *, rates: Rates, device: torch.device, active_features: int | None = None,
+    samples: Samples | None = None,
+) -> Forecast:  # fmt: skip
+    """Forecast the training of all repetitions at once on a device of such rates, and of the second stage on known samples."""
     n, products = config.n_repetitions(), resolve_precision(config.precision, device)
+    second = None if samples is None else second_stage(config, sizes, samples)
     return Forecast(
-        peak_bytes=group_bytes(config, sizes, n, device=device),
+        peak_bytes=max(group_bytes(config, sizes, n, device=device), 0 if second is None else second.peak_bytes),
         parts_s=step_seconds(config, sizes, n, rates, products=products, active_features=active_features),
+        second=second,
     )

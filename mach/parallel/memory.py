@@ -32,11 +32,11 @@ CGROUPS = (  # limit and use of a container, version 2 and 1
 def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:
     """Estimate the most bytes that training n repetitions together takes on a device, the process or context included.
 
-    What stays: weights, moments, label table, and the head's copy for its products. What comes and goes with a step: one
-    repetition's weights beside them at the start and the end, a batch's hidden vectors, what a chunk of buckets takes in a step
-    that tells its loss, and the row gradients of a block.
+    What stays: weights, moments, label table, and the head's copy for its products. What comes and goes: one repetition's
+    weights, if there are several, beside them at the start and the end; with a step, a batch's hidden vectors, what a chunk of
+    buckets takes in one that tells its loss, and the row gradients of a block.
     """
-    F, B, D, N = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden, config.batch_size
+    F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
     one = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config,
@@ -44,20 +44,31 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     )  # fmt: skip
     table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     stays = one.training_bytes - one.table_bytes + table
-    storage = STORAGE.get(config.head_storage(), torch.float32)
-    types: dict[str, Any] = {"products": products, "storage": storage}
+    types = _types(config, products)
     copy = products.itemsize * B * width if linear.keeps_copy(n * B * width, **types) else 0
     slots = 4 * B if config.compensated else 0
-    hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
-    budget = config.head_memory << 20 or linear.CHUNK_BYTES[device.type]
-    samples = config.head_batch_size or N
-    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, n_weights=n * B * width, **types))
-    drawn = 8 * min(DRAWN, B * width) if storage in NARROW else 0  # in float32, to be rounded
-    by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
+    beside = one.weight_bytes if n > 1 else 0
     return (
-        PROCESS_BYTES + n * (stays + copy + slots) + one.weight_bytes + hidden + max(chunk + by_torch, drawn)
+        PROCESS_BYTES + n * (stays + copy + slots) + beside + step_bytes(config, sizes, n, device=device)
         + inputs.GRADIENT_BYTES[device.type]
     )  # fmt: skip
+
+
+def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:
+    """Estimate what comes and goes with a step of n repetitions: hidden vectors of a batch, and what a chunk of buckets takes."""
+    B, D, N = sizes.n_buckets, config.hidden, config.batch_size
+    products, width = resolve_precision(config.precision, device), config.bottleneck or D
+    hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
+    budget, types = config.head_memory << 20 or linear.CHUNK_BYTES[device.type], _types(config, products)
+    samples = config.head_batch_size or N
+    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, n_weights=n * B * width, **types))
+    drawn = 8 * min(DRAWN, B * width) if types["storage"] in NARROW else 0  # in float32, to be rounded
+    by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
+    return hidden + max(chunk + by_torch, drawn)
+
+
+def _types(config: Config, products: torch.dtype) -> dict[str, Any]:
+    return {"products": products, "storage": STORAGE.get(config.head_storage(), torch.float32)}
 
 
 def group_size(config: Config, sizes: Sizes, *, free_bytes: int, n_workers: int, device: torch.device) -> int:

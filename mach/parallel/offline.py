@@ -76,7 +76,8 @@ def predict(
             of labels to choose among, and of what each sample may not find (`mach.data.lists`); workers, processes (default: one
             a GPU, or one).
             probabilities, a column of them, from the run's calibration; precision and min_probability, keep only labels above the
-            threshold that was found for this precision, or at least this probable, and give the column, too.
+            threshold that was found for this precision, or at least this probable, and give the column, too. They were fitted
+            where all labels may be found: with restrict or exclude they may be off.
     Raises: ConfigError, DataError or ModelError: what came, what is allowed, what to do.
             Stopped, a KeyboardInterrupt, after SIGTERM or Ctrl-C: each worker has finished its part, and the same call goes on.
     """

@@ -29,13 +29,14 @@ def plan_groups(
 
 
 def disk_bytes(
-    config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *, n_workers: int, input_bytes: int = WEIGHT_BYTES
-) -> int:
+    config: Config, sizes: Sizes, groups: Sequence[Sequence[int]], *, n_workers: int, input_bytes: int = WEIGHT_BYTES,
+    after: int = 0,
+) -> int:  # fmt: skip
     """Give the bytes that training some groups writes at its fullest, without what text and logs add.
 
     Every repetition is finished or at its end. The largest groups that can be under way together hold a checkpoint of weights and
     moments twice, as the old one stays until the new one is whole, and with early stopping the best weights of their repetitions.
-    A weight of the input layer takes `input_bytes`.
+    Checkpoints are gone when the second stage writes `after` bytes. A weight of the input layer takes `input_bytes`.
     """
     cost = ensemble_cost(
         n_labels=sizes.n_labels,
@@ -50,4 +51,4 @@ def disk_bytes(
     checkpoint = cost.training_bytes - cost.table_bytes
     underway = sum(sorted(map(len, groups), reverse=True)[:n_workers])
     best = cost.weight_bytes if config.patience else 0
-    return sum(map(len, groups)) * cost.weight_bytes + underway * (2 * checkpoint + best)
+    return sum(map(len, groups)) * cost.weight_bytes + max(underway * (2 * checkpoint + best), after)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
+from mach.data import Dataset
 from mach.errors import ModelError
 from mach.files import free_bytes
 from mach.model import resolve_precision, resolve_rows
 from mach.parallel.plan import disk_bytes
+from mach.parallel.rerank import SHORTLISTS
+from mach.parallel.second import Samples, second_stage
 from mach.store.folder import Run, format_repetitions
+from mach.store.reranker import reranker_record
 from mach.train.checkpoint import FOLDER, best_path, checkpoint_path, leftover_checkpoints, read_progress
 
 
@@ -45,14 +49,28 @@ def underway(run: Run, wanted: Sequence[int], resume: bool) -> list[list[int]]:
     return begun
 
 
-def refuse_full_disk(run: Run, groups: Sequence[Sequence[int]], n_workers: int, device: torch.device) -> None:
-    """Refuse to begin what the file system has no room for; checkpoints that are there already are not counted twice."""
+def refuse_full_disk(
+    run: Run, groups: Sequence[Sequence[int]], n_workers: int, device: torch.device, dataset: Dataset | None = None
+) -> None:
+    """Refuse to begin what the file system has no room for; what is there already is not counted twice.
+
+    With the data set, the second stage is counted, too, if it can be fitted once these groups are trained.
+    """
     held = sum(file.stat().st_size for file in (run.path / FOLDER).glob("*.safetensors"))
     rows = resolve_rows(run.config, run.sizes.features, resolve_precision(run.config.precision, device))
-    needed = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers, input_bytes=rows.itemsize) - held
+    after = 0 if dataset is None else _second_bytes(run, {r for group in groups for r in group}, dataset)
+    needed = disk_bytes(run.config, run.sizes, groups, n_workers=n_workers, input_bytes=rows.itemsize, after=after) - held
     free = free_bytes(run.path)
-    if groups and needed > free:
+    if needed > free:
         raise ModelError(
-            f"{run.path}: training writes {needed:,} more bytes of checkpoints and finished repetitions at its fullest, and "
-            f"{free:,} are free there; free some space, choose another --out, or train fewer --repetitions at a time"
+            f"{run.path}: training writes {needed:,} more bytes of checkpoints, finished repetitions and shortlists at its "
+            f"fullest, and {free:,} are free there; free some space, choose another --out, or train fewer --repetitions at a time"
         )
+
+
+def _second_bytes(run: Run, trained: Set[int], dataset: Dataset) -> int:
+    """Give the bytes that the second stage is still to write once some more repetitions are trained."""
+    second = second_stage(run.config, run.sizes, Samples.of(dataset))
+    if second is None or reranker_record(run.path) is not None or run.problems().keys() - trained:
+        return 0
+    return second.bytes if (run.path / SHORTLISTS).exists() else second.disk_bytes

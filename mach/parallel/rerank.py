@@ -21,6 +21,7 @@ from mach.decoding.rerank.weight import SAMPLES
 from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.metrics import hits, ndcg_at_k
+from mach.model import Sizes
 from mach.parallel.devices import devices_of
 from mach.parallel.offline import predict
 from mach.store import Run
@@ -61,13 +62,13 @@ def rerank(
         raise ConfigError(f"{run.path}: rerank=0: give the number of labels to order anew, such as --rerank 20")
     if run.manifest["data"] != dataset.fingerprint:
         raise ModelError(f"{run.path}: was trained on another data set than {dataset.path}; give that one")
-    n_listed = min(run.sizes.n_labels, depth + math.ceil(run.sizes.labels_a_sample))  # so that some are negatives
+    listed = n_listed(run.sizes, depth)
     began, lists = time.perf_counter(), run.path / SHORTLISTS
-    if lists.exists() and [(facts := read_facts(lists))["k"], facts["repetitions"]] != [n_listed, run.finished()]:
+    if lists.exists() and [(facts := read_facts(lists))["k"], facts["repetitions"]] != [listed, run.finished()]:
         lists.unlink()  # of other settings, or of fewer repetitions
     if not lists.exists():
         with progress_bar("shortlists", shown=progress) as tell:
-            how: dict[str, Any] = {"split": "train", "k": n_listed, "rerank": False}
+            how: dict[str, Any] = {"split": "train", "k": listed, "rerank": False}
             predict(run.path, dataset.path, lists, **how, device=device, workers=workers, progress=tell)
     listed_s = time.perf_counter() - began
     train, held = dataset.split("train"), held_out_rows(run.config, dataset)
@@ -96,7 +97,7 @@ def rerank(
     record = {
         "cost": cost,
         "weight_from": weight_from,
-        "listed": n_listed,
+        "listed": listed,
         "repetitions": run.finished(),
         "listed_s": round(listed_s, 3),
         "train_s": round(time.perf_counter() - began, 3),
@@ -105,6 +106,11 @@ def rerank(
     save_reranker(run.path, run.manifest["key"], best, record)
     lists.unlink()
     return best
+
+
+def n_listed(sizes: Sizes, depth: int) -> int:
+    """Give the labels of a training sample's shortlist: so many more than are ordered anew that some are negatives."""
+    return min(sizes.n_labels, depth + math.ceil(sizes.labels_a_sample))
 
 
 def wants_reranker(run: Run) -> bool:

@@ -94,7 +94,7 @@ def train(
         n_workers=n_workers,
         group_size=_group_size(run, devices, n_workers),
     )
-    refuse_full_disk(run, groups, n_workers, torch.device(devices[0]))
+    refuse_full_disk(run, groups, n_workers, torch.device(devices[0]), dataset)
     asked = Stop(run.path / f".stop.{os.getpid()}.tmp" if stop is None else Path(stop))
     if stop is None:
         asked.file.unlink(missing_ok=True)  # of a killed process that had our number: in a container all are small

@@ -83,12 +83,12 @@ def leftover_checkpoints(groups: Sequence[Sequence[int]]) -> list[Sequence[int]]
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """Read how far a checkpoint has come, without its tensors.
+    """Read how far a checkpoint has come, without its tensors; another process may write the next one meanwhile.
 
     Raises: ModelError if the file is broken.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="np") as file:  # torch's would open it again, by its name, to map it
             progress: dict[str, Any] = json.loads((file.metadata() or {})["progress"])
             return progress
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.image
 import numpy as np
 import pytest
 
 from mach.calibration import Calibration, Threshold
 from mach.errors import ConfigError, ModelError
-from mach.inspect.reliability import plot_calibration, show_calibration
+from mach.inspect.reliability import plot_calibration, show_calibration, summary
 
 BINS = [[300, 0.05, 0.0625], [20, 0.5, 0.55], [10, 0.95, 0.9]]
 
@@ -44,6 +46,13 @@ def test_the_lines(calibration):
     ]
     assert lines[8].split() == ["precision", "scores", "from", "recall", "coverage", "on", "the", "other", "half"]
     assert len(lines[1]) == len(lines[2]) and len(lines[8]) == len(lines[9])
+
+
+def test_the_summary(calibration):
+    scores = {"estimator": "logits", "repetitions": "0-7", "model": "ab"}
+    one, both = (replace(calibration, of={**calibration.of, "scores": scores | more}) for more in ({}, {"reranker": "cd"}))
+    assert summary(one) == "calibration: isotonic, fitted on 1,234 samples of dev, logits of repetitions 0-7; ECE@1 0.1250"
+    assert "logits of repetitions 0-7 and the re-ranker; ECE@1" in summary(both)
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])

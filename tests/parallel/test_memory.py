@@ -66,6 +66,12 @@ def test_the_settings_of_the_head_are_counted_by_hand():
     assert more == 10**6 * 4 + 10**6 // 4 * 8 * 2
 
 
+def test_a_lone_repetition_is_held_once():
+    one, two, three = (group_bytes(Config(hidden=32, precision="float32"), SIZES, n, device=CPU) for n in (1, 2, 3))
+    weights = 4 * (1000 * 32 + 32 + 64 * 32 + 64)
+    assert two - one == three - two + weights
+
+
 def test_the_identity_table_is_not_held():
     config = Config(buckets=500, head_precision="float32", head_optimizer="adamw")
     hashed, full = (group_bytes(config.replace(table=table), SIZES, 1, device=CPU) for table in ("hashed", "identity"))

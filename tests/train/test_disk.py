@@ -12,15 +12,19 @@ from safetensors.torch import load_file
 from mach.config import Config
 from mach.errors import ModelError, Stopped
 from mach.model import resolve_precision, resolve_rows
-from mach.parallel import ready, train
+from mach.parallel import ready, runners, train
 from mach.parallel.plan import disk_bytes
+from mach.parallel.rerank import rerank
+from mach.parallel.second import Samples, second_stage
 from mach.store import Run
 from mach.store.folder import sizes_of
 from mach.train import checkpoint, group
 from mach.train.checkpoint import checkpoint_path, read_progress
 from mach.train.log import log_path, read_log
 
-CONFIG = Config(input_precision="float32", buckets=13, repetitions=2, hidden=9, layers=1, batch_size=20, epochs=3)  # 30 steps
+CONFIG = Config(
+    input_precision="float32", buckets=13, repetitions=2, hidden=9, layers=1, batch_size=20, epochs=3, rerank=0
+)  # 30 steps
 
 
 def weights_of(run):
@@ -85,13 +89,41 @@ def test_too_little_room_is_refused_before_the_first_step(tiny, tmp_path, monkey
     monkeypatch.setattr(ready, "free_bytes", lambda folder: (asked.append(folder), free[0])[1])
     with pytest.raises(ModelError) as caught:
         train(CONFIG, tiny, tmp_path / "run")
-    assert re.search(rf"^{tmp_path}/run: training writes {needed:,} more bytes of checkpoints and finished", str(caught.value))
+    assert re.search(rf"^{tmp_path}/run: training writes {needed:,} more bytes of checkpoints, finished", str(caught.value))
     assert f" and {needed - 1:,} are free there; free some space, choose another --out, or" in str(caught.value)
     assert asked == [tmp_path / "run"] and not (tmp_path / "run" / "logs").exists()
     free[0] = needed
     train(CONFIG, tiny, tmp_path / "run")
     free[0] = 0
     train(CONFIG, tiny, tmp_path / "run")  # nothing is left to write
+
+
+def test_the_second_stage_needs_room_once_checkpoints_are_gone(tiny, tmp_path, monkeypatch):
+    config, free = CONFIG.replace(rerank=10), [0]
+    monkeypatch.setattr(ready, "free_bytes", lambda folder: free[0])
+
+    def refused(*, repetitions=None):
+        with pytest.raises(
+            ModelError, match="more bytes of checkpoints, finished repetitions and shortlists at its fullest"
+        ) as caught:
+            train(config, tiny, tmp_path / "run", repetitions=repetitions)
+        return int(re.search(r"writes ([\d,]+) more", str(caught.value))[1].replace(",", ""))
+
+    sizes = sizes_of(config, tiny)
+    weights = 2 * 4 * (50 * 9 + 9 + 90 + 13 * 9 + 13)
+    second = second_stage(config, sizes, Samples.of(tiny))
+    assert refused() == disk_bytes(config, sizes, [[0, 1]], n_workers=1, after=second.disk_bytes) == weights + second.disk_bytes
+    assert refused(repetitions=[1]) == disk_bytes(config, sizes, [[1]], n_workers=1)  # is not fitted then
+    free[0] = weights + second.disk_bytes
+    monkeypatch.setattr(runners, "rerank", lambda *args, **kwargs: None)
+    train(config, tiny, tmp_path / "run")
+    free[0] = 0
+    assert refused() == second.disk_bytes
+    (tmp_path / "run" / "shortlists.parquet").touch()
+    assert refused() == second.bytes
+    (tmp_path / "run" / "shortlists.parquet").unlink()
+    rerank(tmp_path / "run", tiny)
+    train(config, tiny, tmp_path / "run")  # nothing is left to write
 
 
 def test_checkpoints_that_are_there_are_not_needed_again(tiny, tmp_path, monkeypatch):

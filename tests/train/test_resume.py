@@ -313,6 +313,19 @@ def test_a_checkpoint_of_other_tensors_is_refused(tmp_path):
             checkpoint.read_tensors(tmp_path / "c" / "x.safetensors", other)
 
 
+def test_progress_is_read_from_one_file_though_another_takes_its_place(tmp_path, monkeypatch):
+    """Whoever looks while a process trains: `mach train` on its folder, or a test that waits for a step."""
+    path, map_file = tmp_path / "c" / "x.safetensors", torch.UntypedStorage.from_file
+    checkpoint.write_checkpoint(path, {"a": torch.zeros(2)}, {"step": 3, "seconds": 1.06258741258})
+
+    def replaced(*args, **kwargs):
+        checkpoint.write_checkpoint(path, {"a": torch.zeros(2)}, {"step": 4, "seconds": 2.0})
+        return map_file(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    assert checkpoint.read_progress(path)["step"] == 3
+
+
 def test_a_full_disk_while_writing_a_checkpoint_is_named_and_can_be_resumed(tiny, tmp_path, monkeypatch):
     run, save, n_calls = tmp_path / "run", checkpoint.save_file, [0]
 

@@ -1,0 +1,112 @@
+"""What the second stage takes, counted from a few numbers: memory while it is fitted, room on the disk, weights in the model.
+
+Estimates. `experiments/memory` has them beside the peaks of real runs.
+
+Symbols: N training samples, F features, K labels, R repetitions, B buckets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mach.config import Config
+from mach.data import CSR, Dataset
+from mach.decoding.full import CHUNK_BYTES
+from mach.decoding.rerank.fit import PAIRS
+from mach.hashing.bounds import ensemble_cost
+from mach.kernels import N_THREADS
+from mach.model import FULL_ROWS, Sizes, chunk_rows, resolve_precision, resolve_rows
+from mach.parallel.memory import PROCESS_BYTES, step_bytes
+from mach.parallel.rerank import COSTS, n_listed
+from mach.store.predictions import GROUP_ROWS
+
+CPU = torch.device("cpu")
+LATER_BYTES = 60 << 20  # of a process, that training does not load: what writes Parquet and weighs margins, kernels that decode
+THREAD_BYTES = 12 << 20  # of a thread that decodes
+LISTED_BYTES = 36  # a label of a shortlist that is made: id and score, found, joined and written
+ON_DISK_BYTES = 8  # the same in a file
+WEIGHT_BYTES = 6  # a feature and a bfloat16
+LABEL_BYTES = 12  # in the model, where its weights begin, and a bias
+DISTINCT = 4.0  # of the features of a label's samples, so many times the root get a weight: see `n_weights`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """What the training samples decide about the second stage, beside `Sizes`."""
+
+    n: int  # N
+    features: float  # that a sample has on average
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Samples:
+        """Count the training samples of a data set."""
+        split = dataset.split("train")
+        nnz = split.features.nnz if isinstance(split.features, CSR) else split.features.size
+        return cls(n=split.n_samples, features=nnz / max(1, split.n_samples))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Second:
+    """What the second stage of a model is expected to take."""
+
+    parameters: int
+    bytes: int  # of its file
+    disk_bytes: int  # written at its fullest: the shortlists twice, as their parts are joined, or once beside its file
+    peak_bytes: int  # of the process that has trained all repetitions and fits it
+
+
+def second_stage(config: Config, sizes: Sizes, samples: Samples) -> Second | None:
+    """Estimate what the second stage takes after a training on the CPU; None if the config has none."""
+    depth = min(config.n_reranked(sizes.features), sizes.n_labels)
+    if not depth:
+        return None
+    listed = n_listed(sizes, depth)
+    weights = n_weights(sizes, samples)
+    size = WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels
+    lists = ON_DISK_BYTES * listed * samples.n
+    return Second(
+        parameters=weights + sizes.n_labels,
+        bytes=size,
+        disk_bytes=lists + max(lists, size),
+        peak_bytes=_peak_bytes(config, sizes, samples, listed, weights),
+    )
+
+
+def n_weights(sizes: Sizes, samples: Samples) -> int:
+    """Estimate how many weights are kept, those near zero left out.
+
+    The features of a label's samples repeat, so different ones are fewer, as the root of all; and at most F. That was within 2.4
+    times on seven data sets at a cost of 0.2; at a cost of 1 there are up to three times as many.
+    Source: Heaps 1978, Information Retrieval, section 7.5 (different words of a text grow as a power of its length).
+    """
+    of_a_label = samples.n * sizes.labels_a_sample * samples.features / sizes.n_labels
+    return round(sizes.n_labels * min(sizes.n_features, of_a_label, DISTINCT * math.sqrt(of_a_label)))
+
+
+def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, weights: int) -> int:
+    """Estimate the most memory that it takes: of what makes the shortlists, or of what fits the weights.
+
+    The allocator still holds what came and went with a step of training. Shortlists take the mapped weights of all repetitions,
+    bucket scores twice, those of one repetition beside them, and the lists of some thousand samples. The fit takes pairs, a
+    number a feature and thread, and the weights of each cost, those of the last one twice as they are joined. Both map the
+    features.
+    """
+    R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
+    products = resolve_precision(config.precision, CPU)
+    model = ensemble_cost(
+        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=R, hidden=config.hidden, n_features=config.feature_buckets or F,
+        layers=config.layers, settings=config, input_bytes=resolve_rows(config, sizes.features, products).itemsize,
+    )  # fmt: skip
+    held = model.weight_bytes + (0 if is_full else model.table_bytes)  # the identity is not held
+    rows = min(samples.n, GROUP_ROWS)
+    some = 4 * min(rows, FULL_ROWS if is_full else chunk_rows(R, B)) * R * B
+    scores = min(some, CHUNK_BYTES["cpu"]) if is_full else some
+    lists = held + 2 * scores + scores // R + N_THREADS * THREAD_BYTES + LISTED_BYTES * rows * listed
+    pairs = min(PAIRS, round(samples.n * (listed + sizes.labels_a_sample)))
+    n_costs = len(COSTS) if config.rerank_cost == "auto" else 1
+    fit = 4 * (pairs + samples.n + N_THREADS * F) + (n_costs + 1) * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
+    mapped = round(8 * samples.n * samples.features)
+    return PROCESS_BYTES + LATER_BYTES + step_bytes(config, sizes, R, device=CPU) + mapped + max(lists, fit)
