@@ -58,7 +58,9 @@ class Config:
 
     loss: Loss = _setting("logistic", "logistic and squared-hinge: each bucket yes or no; softmax: positives share the mass")
     epochs: int | Literal["auto"] = _setting(
-        AUTO, "passes over the training samples; auto: 3, and where samples are few up to 6, so that 100,000 are seen", 1
+        AUTO,
+        "passes over the training samples; auto: 3, or up to 6 so that 100,000 samples are seen and 500 positives an output",
+        1,
     )
     batch_size: int = _setting(256, "samples a step", 1)
     learning_rate: float = _setting(4e-3, "peak step size of AdamW, after the warm-up", 0)
@@ -158,9 +160,12 @@ class Config:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
 
-    def n_epochs(self, n_samples: int) -> int:
-        """Resolve the number of passes over so many training samples."""
-        return max(3, min(6, -(-100_000 // n_samples))) if self.epochs == AUTO else int(self.epochs)
+    def n_epochs(self, n_samples: int, n_outputs: int, labels_a_sample: float) -> int:
+        """Resolve the number of passes over so many training samples, for a head of so many outputs."""
+        if self.epochs != AUTO:
+            return int(self.epochs)
+        few_samples, few_positives = 100_000 / n_samples, 500 * n_outputs / max(1.0, n_samples * labels_a_sample)
+        return max(3, min(6, math.ceil(max(few_samples, few_positives))))
 
     def head_storage(self) -> HeadPrecision:
         """Resolve the type in which the head's weights are kept."""

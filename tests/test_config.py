@@ -160,10 +160,20 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
         assert wish * math.sqrt(2) > n_labels
 
 
-@pytest.mark.parametrize(("n_samples", "epochs"), [(1, 6), (16_667, 6), (20_000, 5), (33_333, 4), (50_000, 3), (10**7, 3)])
-def test_automatic_epochs_are_more_where_samples_are_few(n_samples, epochs):
-    assert Config().n_epochs(n_samples) == epochs
-    assert Config(epochs=1).n_epochs(n_samples) == 1
+@pytest.mark.parametrize(
+    ("n_samples", "n_outputs", "labels", "epochs"),
+    [
+        (4_880, 128, 2.38, 6),  # few samples
+        (20_770, 2_048, 11.18, 5),
+        (36_796, 1_024, 15.65, 3),
+        (103_509, 2_048, 1.68, 6),  # few positives an output
+        (1, 2, 0, 6),
+        (10**7, 8_192, 5, 3),
+    ],
+)
+def test_automatic_epochs_are_more_where_there_is_little_to_see(n_samples, n_outputs, labels, epochs):
+    assert Config().n_epochs(n_samples, n_outputs, labels) == epochs
+    assert Config(epochs=1).n_epochs(n_samples, n_outputs, labels) == 1
 
 
 @pytest.mark.parametrize(("n_labels", "buckets"), [(2, 2), (64, 64), (100, 64), (4271, 512), (235_000, 4096), (3_000_000, 16384)])

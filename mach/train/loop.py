@@ -98,7 +98,7 @@ class Group:
         self.feature_buckets = feature_buckets(config, sizes, self.repetitions)
         self.train = dataset.split("train")
         self.n_samples, self.n_held, self.held_out = _held_out(config, dataset)
-        self.n_epochs = config.n_epochs(self.n_samples)
+        self.n_epochs = config.n_epochs(self.n_samples, sizes.n_buckets, sizes.labels_a_sample)
         self.n_steps = self.n_epochs * self.steps_per_epoch
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]

@@ -67,6 +67,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
     moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in weights.items()}
     second_F = np.zeros(len(weights[INPUT]))
     per_epoch = -(-len(X) // config.batch_size)
+    n_epochs = config.n_epochs(len(X), sizes.n_buckets, sizes.labels_a_sample)
     losses, n_head = [], 0
     for step in range(n_steps):
         epoch, place = divmod(step, per_epoch)
@@ -77,7 +78,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
         for i in range(config.layers):
             h = h + drop(torch.relu(h @ leaves[f"layers.{i}.weight"] + leaves[f"layers.{i}.bias"]))
         h = h @ leaves["bottleneck.weight"] if config.bottleneck else h
-        share, value, gradient_h = rate_at(step, config.n_epochs(len(X)) * per_epoch, config.warmup), 0.0, torch.zeros_like(h)
+        share, value, gradient_h = rate_at(step, n_epochs * per_epoch, config.warmup), 0.0, torch.zeros_like(h)
         size = config.head_batch_size or len(rows)
         for start in range(0, len(rows), size):
             part, n_head = slice(start, start + size), n_head + 1
