@@ -58,14 +58,13 @@ class Way:
     other: Way | None = None
 
 
-R2, R4, R16 = (Way(f"R = {R}, B = {8 / R:g} b", R, 8 / R) for R in (2, 4, 16))
 WAYS = (
     Way("R = 8, B = b: the defaults"),
     Way("R = 8, B = b, one encoder, as wide", shared=True),
     Way("R = 8, B = b, one encoder, as many weights", shared=True, same_weights=True),
-    R2,
-    R4,
-    R16,
+    Way("R = 2, B = 4 b", 2, 4),
+    Way("R = 4, B = 2 b", 4, 2),
+    Way("R = 16, B = b / 2", 16, 0.5),
     Way("R = 4, B = 2 b, as many weights", 4, 2, same_weights=True),
     Way("R = 16, B = b / 2, as many weights", 16, 0.5, same_weights=True),
     Way("mixed: 4 of B = b, 1 of B = 4 b", n=4, other=Way("", 2, 4, first=1, n=1)),
