@@ -1,6 +1,6 @@
 """Which settings of the ensemble are better than the defaults? One changed at a time, judged with and without the second stage.
 
-    python experiments/accuracy/recipe/run.py DATA [DATA ...] --out runs/recipe [--seeds 0] [--only epochs=3 ...]
+    python experiments/accuracy/recipe/run.py DATA [DATA ...] --out runs/recipe [--seeds 0] [--only epochs=3,repetitions=4 ...]
 
 DATA are folders of XC-repository text. Judged on dev.txt if there is one, else on a tenth of train.txt that is held out; test
 splits are not read. The re-ranker has its settings for sets without a dev split, so that what judges is not what chose. Prints a
@@ -10,6 +10,7 @@ Markdown table for each; a second call trains only what is left.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ from mach.store import Run
 from mach.train.loop import held_out_rows
 
 CHANGES = (
-    {"epochs": 3}, {"epochs": 10}, {"dropout": 0.1}, {"dropout": 0.5}, {"hidden": 256}, {"hidden": 1024}, {"layers": 1},
-    {"batch_size": 128}, {"repetitions": 16}, {"loss": "squared-hinge"}, {"loss": "softmax"}, {"head_optimizer": "rowwise-adam"},
-    {"weight_decay": 0.01}, {"normalize": False}, {"grouped": 0.5},
+    "epochs=6,learning_rate=0.002,input_learning_rate=0.03", "epochs=3", "epochs=10", "repetitions=4", "repetitions=16",
+    "dropout=0.1", "dropout=0.5", "hidden=256", "hidden=1024", "layers=1", "batch_size=128", "loss=squared-hinge", "loss=softmax",
+    "head_optimizer=rowwise-adam", "weight_decay=0.01", "normalize=false", "grouped=0.5",
 )  # fmt: skip
-BY_NAME: dict[str, dict[str, Any]] = {f"{name}={value}": {name: value} for each in CHANGES for name, value in each.items()}
+
+
+def settings_of(change: str) -> dict[str, Any]:
+    """Read settings as TOML writes them; a word stands for itself."""
+    pairs = [each.split("=") for each in change.split(",") if each]
+    return {name: value if value[0].isalpha() and value not in ("true", "false") else json.loads(value) for name, value in pairs}
 
 
 def measure(dataset: mach.Dataset, out: Path, change: str, seed: int) -> str:
     has_dev = "dev" in dataset.split_names
     fixed = {"rerank_cost": DEFAULT_COST, "rerank_weight": DEFAULT_WEIGHT, "validation": 0.0 if has_dev else 0.1}
-    config = mach.Config(seed=seed).replace(**fixed, **BY_NAME.get(change, {}))
-    path = out / (change.replace("=", "-") or "defaults")
+    config = mach.Config(seed=seed).replace(**fixed, **settings_of(change))
+    path = out / (change.replace("=", "-").replace(",", "_") or "defaults")
     model = mach.train(config, dataset, path)
     judged = dataset.split("dev" if has_dev else "train")
     rows = np.arange(judged.n_samples) if has_dev else held_out_rows(config, dataset)
@@ -55,7 +61,7 @@ def main() -> None:
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--only", nargs="+", default=list(BY_NAME), choices=list(BY_NAME), metavar="NAME=VALUE")
+    parser.add_argument("--only", nargs="+", default=list(CHANGES), metavar="NAME=VALUE,...")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     for source in args.data:
