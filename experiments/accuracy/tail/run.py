@@ -1,6 +1,6 @@
 """What helps labels with few samples? Their names as samples, or the average of their samples as a prior.
 
-    python experiments/accuracy/tail/run.py DATA [DATA ...] --out runs/sharing [--seeds 0] [--epochs 6] [--hidden 512]
+    python experiments/accuracy/tail/run.py DATA [DATA ...] --out runs/sharing [--seeds 0] [--epochs 6] [--hidden 512] [--quick]
 
 DATA are folders of XC-repository text; --out may be that of experiments/accuracy/sharing, whose first ensemble is the same.
 Judged on dev.txt if there is one, else on a tenth of train.txt that is held out; test splits are not read.
@@ -143,8 +143,8 @@ def hidden_cosines(model: mach.Model, train: CSR, labels: CSR, features: CSR, to
     return out
 
 
-def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config) -> Figures:
-    """Give the figures of every line of the table."""
+def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config, quick: bool) -> Figures:
+    """Give the figures of every line of the table; if quick, without those of other ensembles."""
     has_dev, split, K = "dev" in dataset.split_names, dataset.split("train"), dataset.n_labels
     path = f"each-{config.repetitions}-{config.n_buckets(K)}-{config.hidden}"
     model = mach.train(config, dataset, out / path)
@@ -177,6 +177,7 @@ def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config)
         X, Y = joined(train, take_rows(names, has_words)), joined(labels, take_rows(own, has_words))
         again = second_stage(model, X, Y)
         found["names in the second stage"] = figures(again.rerank(features, top, top.labels.shape[1], R).labels)
+    if names is not None and not quick:
         data = out / "named.data"
         if not (data / "manifest.json").exists():
             write_dataset(data, {"train": (X.to_scipy(), Y.to_scipy())})
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=mach.Config().repetitions)
     parser.add_argument("--hidden", type=int, default=mach.Config().hidden)
+    parser.add_argument("--quick", action="store_true", help="train no ensemble on names")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     for source in args.data:
@@ -246,12 +248,12 @@ def main() -> None:
         each: list[Figures] = []
         for seed in map(int, args.seeds.split(",")):
             out = args.out / f"{source.name}-{seed}-{args.epochs}-{args.hidden}"
-            known = out / f"tail-{args.repetitions}.json"
+            known = out / f"tail-{args.repetitions}{'-quick' if args.quick else ''}.json"
             if not known.exists():
                 fixed = {"rerank": 0, "validation": 0.0 if "dev" in dataset.split_names else 0.1}
                 fixed["buckets"] = mach.Config().n_buckets(dataset.n_labels)
                 config = mach.Config(seed=seed, epochs=args.epochs, hidden=args.hidden, repetitions=args.repetitions, **fixed)
-                known.write_text(json.dumps(measure(dataset, names, out, config)))
+                known.write_text(json.dumps(measure(dataset, names, out, config, args.quick)))
             each.append(json.loads(known.read_text()))
         print(f"\n## {source.name}: R = {args.repetitions}, D = {args.hidden}, {args.epochs} epochs, seeds {args.seeds}\n")
         if names is None:
