@@ -91,7 +91,7 @@ def test_a_worker_that_fails_loses_nothing_and_nothing_is_done_twice(run, tiny, 
     (in_the_way / "file").touch()
     with pytest.raises(DataError, match=r"p: predictions cannot be written .* run the same command again to go on"):
         predict(run, tiny.path, out, k=7, workers=2)
-    finished = sorted(p.name for p in (tmp_path / "p.parts").iterdir() if p.is_file())
+    finished = sorted(p.name for p in (tmp_path / "p.parts").glob("rows-*") if p.is_file())  # not what a worker was cut short in
     assert "rows-000000000000.parquet" in finished and len(finished) < 6 and not out.exists()
     (in_the_way / "file").unlink()
     in_the_way.rmdir()
