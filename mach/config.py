@@ -23,11 +23,21 @@ HeadPrecision = Literal["float32", "bfloat16", "float8"]
 HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
+RATE = 4e-3  # peak step size of AdamW; see experiments/accuracy/recipe
 HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
 
 
 def _setting(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Peak step sizes: of dense parameters, of the input layer's rows, and of the head."""
+
+    dense: float
+    rows: float
+    head: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +73,17 @@ class Config:
         1,
     )
     batch_size: int = _setting(256, "samples a step", 1)
-    learning_rate: float = _setting(4e-3, "peak step size of AdamW, after the warm-up", 0)
-    input_learning_rate: float = _setting(6e-2, "peak step size of the input layer's rows (row-wise Adam without momentum)", 0)
+    learning_rate: float | Literal["auto"] = _setting(
+        AUTO,
+        "peak step size of AdamW, after the warm-up; auto: 0.004, down to a quarter of it where an output is positive in fewer "
+        "than one of 400 samples",
+        0,
+    )
+    input_learning_rate: float | Literal["auto"] = _setting(
+        AUTO,
+        "peak step size of the input layer's rows (row-wise Adam without momentum); auto: 15 times that for learning_rate",
+        0,
+    )
     weight_decay: float = _setting(0.0, "decoupled weight decay of AdamW, a step", 0)
     warmup: float = _setting(0.05, "share of the steps over which the step size rises; after it falls as a cosine", 0, 1)
 
@@ -179,11 +198,16 @@ class Config:
             return "rowwise-adam" if self.table == "identity" else "adamw"
         return self.head_optimizer
 
-    def head_rate(self) -> float:
-        """Resolve the peak step size of the head."""
-        if isinstance(self.head_learning_rate, float):
-            return self.head_learning_rate
-        return HEAD_RATES.get(self.head_rule(), self.learning_rate)
+    def rates(self, n_outputs: int, labels_a_sample: float) -> Rates:
+        """Resolve the peak step sizes for a head of so many outputs.
+
+        Adam's steps are as large for an output that is hardly ever positive as for others, and tell it more of noise.
+        """
+        usual = RATE * min(1.0, max(0.25, 400 * labels_a_sample / n_outputs))
+        dense = self.learning_rate if isinstance(self.learning_rate, float) else usual
+        rows = self.input_learning_rate if isinstance(self.input_learning_rate, float) else 15 * usual
+        head = self.head_learning_rate
+        return Rates(dense, rows, head if isinstance(head, float) else HEAD_RATES.get(self.head_rule(), dense))
 
     def head_decay(self) -> float:
         """Resolve the weight decay of the head."""

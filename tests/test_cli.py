@@ -162,10 +162,7 @@ def test_each_command_explains_itself(mach):
         status, out, _ = mach(command, "--help")
         assert status == 0 and out.startswith(f"usage: mach {command} ")
     _, out, _ = mach("train", "--help")
-    assert (
-        "--repetitions R|a-b" in out
-        and f"peak step size of AdamW, after the warm-up (default {Config().learning_rate})" in " ".join(out.split())
-    )
+    assert "--repetitions R|a-b" in out and f"samples a step (default {Config().batch_size})" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

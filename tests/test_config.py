@@ -19,6 +19,7 @@ from mach.config import (
     HeadOptimizer,
     HeadPrecision,
     Loss,
+    Rates,
     TableKind,
     dump_toml,
     load_config,
@@ -161,6 +162,15 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
 
 
 @pytest.mark.parametrize(
+    ("n_outputs", "labels", "rate"), [(1_024, 15.65, 0.004), (2_048, 5.12, 0.004), (2_048, 1.6, 0.00125), (10**6, 1, 0.001)]
+)
+def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive(n_outputs, labels, rate):
+    assert Config().rates(n_outputs, labels) == Rates(pytest.approx(rate), pytest.approx(15 * rate), pytest.approx(rate))
+    assert Config(learning_rate=1, head_optimizer="sgd").rates(n_outputs, labels) == Rates(1, pytest.approx(15 * rate), 3)
+    assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_outputs, labels) == Rates(pytest.approx(rate), 2, 0.5)
+
+
+@pytest.mark.parametrize(
     ("n_samples", "n_outputs", "labels", "epochs"),
     [
         (4_880, 128, 2.38, 6),  # few samples
@@ -191,11 +201,11 @@ def test_buckets_given_or_of_the_full_head():
 
 
 def test_the_heads_rate_and_decay_are_its_own_or_follow():
-    assert (Config(learning_rate=0.5).head_rate(), Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
-    assert Config(head_learning_rate=0).head_rate() == 0 and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
+    assert (Config(learning_rate=0.5).rates(9, 1).head, Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
+    assert Config(head_learning_rate=0).rates(9, 1).head == 0 and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
     for kind in set(get_args(HeadOptimizer)) - {"adamw"}:
-        assert Config(head_optimizer=kind, learning_rate=0.5).head_rate() == HEAD_RATES.get(kind, 0.5)
-        assert Config(head_optimizer=kind, head_learning_rate=3).head_rate() == 3
+        assert Config(head_optimizer=kind, learning_rate=0.5).rates(9, 1).head == HEAD_RATES.get(kind, 0.5)
+        assert Config(head_optimizer=kind, head_learning_rate=3).rates(9, 1).head == 3
 
 
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mach.config import AUTO, Config
+from mach.config import AUTO, Config, Rates
 from mach.errors import ModelError
 from mach.heads.rounding import FLOAT8
 
@@ -38,8 +38,8 @@ class Place:
 class FiniteWatch:
     """Take a number for each repetition of a group a step; raise ModelError, naming the batch, when one is not finite."""
 
-    def __init__(self, config: Config, repetitions: Sequence[int]):
-        self._config, self._repetitions = config, repetitions
+    def __init__(self, config: Config, rates: Rates, repetitions: Sequence[int]):
+        self._config, self._rates, self._repetitions = config, rates, repetitions
         self._place: Place | None = None  # the last one noted
         self._arriving: tuple[Tensor, Wait] | None = None  # its numbers
 
@@ -63,9 +63,9 @@ class FiniteWatch:
         config = self._config.to_dict()
         who = f"repetition{'' if len(repetitions) == 1 else 's'} {', '.join(map(str, repetitions))}"
         where = "before the first step" if self._place is None else self._place.text()
-        names = ("learning_rate", "input_learning_rate", "head_learning_rate")
-        rates = (f"{name}={config[name]:g}" for name in names if config[name] != AUTO)
-        tries = [f"smaller steps than {', '.join(rates)}"]
+        tries = [f"smaller steps than learning_rate={self._rates.dense:g}, input_learning_rate={self._rates.rows:g}"]
+        if config["head_learning_rate"] != AUTO:
+            tries[0] += f", head_learning_rate={self._rates.head:g}"
         tries += [] if config["normalize"] else ["normalize=true"]
         tries += [] if config.get("precision", "float32") == "float32" else ["precision=float32"]
         raise ModelError(

@@ -100,13 +100,14 @@ class Group:
         self.n_samples, self.n_held, self.held_out = _held_out(config, dataset)
         self.n_epochs = config.n_epochs(self.n_samples, sizes.n_buckets, sizes.labels_a_sample)
         self.n_steps = self.n_epochs * self.steps_per_epoch
+        self.rates = config.rates(sizes.n_buckets, sizes.labels_a_sample)
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]
         self.packed = self._initial()
         self.optimizer = self._optimizer()
         self._began = time.perf_counter()
         self.clock = clock_for(device)
-        self.finite = FiniteWatch(config, self.repetitions)
+        self.finite = FiniteWatch(config, self.rates, self.repetitions)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,9 +211,9 @@ class Group:
         """Train on one batch."""
         share = rate_at(self.step, self.n_steps, self.config.warmup)
         self.optimizer.begin_step(
-            rate=share * self.config.learning_rate,
-            row_rate=share * self.config.input_learning_rate,
-            head_rate=share * self.config.head_rate(),
+            rate=share * self.rates.dense,
+            row_rate=share * self.rates.rows,
+            head_rate=share * self.rates.head,
             head_steps=self.head_steps,
         )
         loss = self._learn(ready, want_loss)

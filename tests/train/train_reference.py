@@ -68,6 +68,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
     second_F = np.zeros(len(weights[INPUT]))
     per_epoch = -(-len(X) // config.batch_size)
     n_epochs = config.n_epochs(len(X), sizes.n_buckets, sizes.labels_a_sample)
+    rates = config.rates(sizes.n_buckets, sizes.labels_a_sample)
     losses, n_head = [], 0
     for step in range(n_steps):
         epoch, place = divmod(step, per_epoch)
@@ -90,19 +91,19 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
             gradient_h[part] = narrow.grad * len(narrow) / len(rows)
             value += loss.item() * len(narrow) / len(rows)
             for name, leaf in own.items():
-                how = {"step": n_head, "rate": share * config.head_rate(), "weight_decay": config.head_decay()}
+                how = {"step": n_head, "rate": share * rates.head, "weight_decay": config.head_decay()}
                 head_reference(config.head_rule(), weights[name], moments[name], leaf.grad.numpy(), **how)
         h.backward(gradient_h)
         losses.append(value)
         for name, leaf in leaves.items():
             if name.startswith("head."):
                 continue
-            gradient, row_rate = leaf.grad.numpy(), share * config.input_learning_rate
+            gradient, row_rate = leaf.grad.numpy(), share * rates.rows
             if name == INPUT:
                 touched = np.flatnonzero(is_touched_NF[rows].any(0))
                 row_adam_reference(weights[name], second_F, gradient, touched, step=step + 1, rate=row_rate)
             else:
-                how = {"step": step + 1, "rate": share * config.learning_rate, "weight_decay": config.weight_decay}
+                how = {"step": step + 1, "rate": share * rates.dense, "weight_decay": config.weight_decay}
                 adamw_reference(weights[name], *moments[name], gradient, **how)
     return weights, losses
 
