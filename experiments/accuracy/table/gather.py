@@ -94,7 +94,8 @@ def main() -> None:
         seeds = len(lines) if head in HEADS else ""
         cells = [mean_cell([line[i] for line in lines], spread=i == 0) for i in range(len(lines[0]))]
         print(f"| {data} | {head} | {seeds} | {' | '.join(cells)} |")
-    datasets = [data for data, head in found if head == "ours" and any(d == data and h not in HEADS for d, h in found)]
+    compared = {data for data, head in found if head not in HEADS}
+    datasets = list(dict.fromkeys(data for data, head in found if head in DRAWN and data in compared))
     draw(found, datasets, args.out)
 
 
