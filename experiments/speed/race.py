@@ -9,6 +9,7 @@ Compare with `peers.py` on the same machine, one after the other. Prints a Markd
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import mach
@@ -22,10 +23,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", default="1,2,3,4,6")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that is not the default")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings that are not the default")
     args = parser.parse_args()
     changes = dict(change.split("=", 1) for change in args.set)
-    plain = {key: int(value) if value.isdigit() else value for key, value in changes.items()}
+    plain = {key: json.loads(value) if value[0].isdigit() else value for key, value in changes.items()}
     name = "-".join(["run", str(args.seed), *args.set]).replace("=", "")
     print(", ".join(f"{key} {value}" for key, value in this_machine().items()))
     print("| data | epochs | train s | P@1 | P@3 | P@5 | predict ms |\n|---|---|---|---|---|---|---|")
