@@ -45,7 +45,6 @@ from mach.store.predictions import check_fits, cuts
 
 FORMAT = 1
 TABLE = "table"  # the name of the array that is not of samples
-OWN = ("files", "versions", "checksum")  # of a record: what two of the same piece may differ in
 
 Float32 = npt.NDArray[np.float32]
 
