@@ -31,7 +31,8 @@ def test_the_names_are_those_that_are_promised():
     assert mach.__all__[0] == "__version__" and mach.__version__.count(".") == 2
     assert mach.__all__[1:] == [
         "Calibration", "Config", "ConfigError", "DataError", "Dataset", "LabelTable", "MachError", "Model", "ModelError", "TopK",
-        "calibrate", "load", "load_calibration", "load_config", "precision_at_k", "prepare", "split_dev", "train", "write_dataset",
+        "calibrate", "load", "load_calibration", "load_config", "precision_at_k", "prepare", "split_dev", "train",
+        "write_dataset",
     ]  # fmt: skip
     assert dir(mach) == sorted(mach.__all__)
 
