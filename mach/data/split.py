@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +106,7 @@ def _copy_the_rest(dataset: Dataset, writer: DatasetWriter) -> None:
     """Copy label names, and what turned text into features."""
     with reporting_os_errors(writer.folder):
         for file in dataset.manifest["files"]:
-            top: Any = file.split("/")[0]
+            top = file.split("/")[0]
             if top not in dataset.split_names:
                 (writer.folder / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(dataset.path / file, writer.folder / file)
