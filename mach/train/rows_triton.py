@@ -35,7 +35,7 @@ def update_rows_of(
     )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
 def _update(
     weight: Any, second: Any, features: Any, offsets: Any, samples: Any, values: Any, grad: Any, keys: Any, n_keys: int,
     rate: float, share: float, inverse: float, epsilon: float, N: int, R: int, D: int, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
