@@ -25,11 +25,12 @@ from scipy.optimize import nnls
 
 from mach.config import Estimator
 from mach.data import Dataset, take
-from mach.decoding.coarse import coarse_topk
+from mach.decoding.coarse import LANES, coarse_topk
 from mach.decoding.estimators import bucket_scores
 from mach.decoding.exact import COSTS, exact_topk, first_depth
 from mach.decoding.pruned import Costs
 from mach.decoding.scan import AGGREGATES, SUM, scan_topk
+from mach.decoding.topk import GROUP
 from mach.hashing.table import LabelTable
 from mach.store.folder import Run
 
@@ -233,18 +234,18 @@ def fit() -> None:
     errors = np.abs(np.array(rows) @ fitted * weights - 1)
     print("read, open, touch, score, ns:", fitted[:4].round(3), f"| a call: {fitted[4] / 1e3:.0f} us")
     print(f"median error {np.median(errors):.0%}, worst {errors.max():.0%}")
-    for K, R in ((20_000, 16), (670_091, 32)):
-        table = LabelTable.hashed(K, min(K, 10_000), R)
-        for estimator in ("mean", "median"):
-            scores_NRB = scores_of(table, 16, estimator)
-            (taken_s,) = quickest([partial(scan_topk, scores_NRB, table.array(), 5, estimator=estimator, n_threads=1)])
-            print(f"K={K} R={R} {estimator}: scan {taken_s / 2 / R / K * 1e9:.2f} ns")
     table, R, B = LabelTable.hashed(670_091, 10_000, 32), 32, 10_000
-    scores_NRB = scores_of(table, 32, "logits")
     parts = [np.ascontiguousarray(table.array()[:, :K]) for K in (167_523, 670_091)]
-    few_s, all_s = quickest([partial(coarse_topk, scores_NRB, part_RK, 5, n_threads=1) for part_RK in parts])
-    coarse_ns = (all_s - few_s) / R / (670_091 - 167_523) * 1e9
-    print(f"in bytes: coarse {coarse_ns:.2f} ns, pack {(all_s * 1e9 - coarse_ns * R * 670_091) / 32 / R / B:.2f} ns")
+    for name, call in {
+        "scan and lay": partial(scan_topk, estimator="mean"),
+        "median": partial(scan_topk, estimator="median"),
+        "coarse and pack": coarse_topk,
+    }.items():
+        n_samples = LANES if call is coarse_topk else GROUP
+        scores_NRB = scores_of(table, n_samples, "logits" if call is coarse_topk else call.keywords["estimator"])
+        few_s, all_s = quickest([partial(call, scores_NRB, part_RK, 5, n_threads=1) for part_RK in parts])
+        label_ns = (all_s - few_s) / R / (670_091 - 167_523) * 1e9
+        print(f"{name}: {label_ns:.2f}, {(all_s * 1e9 - label_ns * R * 670_091) / n_samples / R / B:.2f} ns")
     sorted_table = LabelTable.hashed(670_091, 10_000, 4, family="multiply-shift")
     start = time.perf_counter()
     _ = sorted_table.inverse

@@ -35,6 +35,7 @@ AT_ONCE = 8  # buckets transposed at once
 FULL = 255
 MOST = 65535  # a sum that may be more
 HELD, SPARE = 16, 4096  # room for 16 k candidates and so many
+FIRST, FIRST_SPARE = 4, 64  # at 4 k and so many they are thinned first, then, if more than 3/4 stay, at twice as many
 TINY = 1e-36  # a range whose reciprocal is still finite
 
 Bytes = npt.NDArray[np.uint8]
@@ -163,6 +164,7 @@ def _offer_group(
     n_held = HELD * k + SPARE
     held_QC, sums_QC = np.empty((Q, n_held), np.int64), np.empty((Q, n_held), np.uint16)
     n_Q, least_Q = np.zeros(LANES, np.int64), np.zeros(LANES, np.uint16)
+    full_Q = np.full(LANES, min(n_held, FIRST * k + FIRST_SPARE))
     alive = (np.int64(1) << Q) - 1
     for at in range(start, stop, BLOCK):
         J = min(BLOCK, stop - at)
@@ -176,11 +178,13 @@ def _offer_group(
                     continue
                 held_QC[q, n_Q[q]], sums_QC[q, n_Q[q]] = at + j, sums[j * LANES + q]
                 n_Q[q] += 1
-                if n_Q[q] == n_held:
-                    n_Q[q], least_Q[q] = _thin(held_QC[q], sums_QC[q], n_held, k, slack_Q[q])
-                    if n_Q[q] > n_held // 4 * 3:
-                        alive ^= np.int64(1) << q
-                        lost_N[first + q] = 1
+                if n_Q[q] == full_Q[q]:
+                    n_Q[q], least_Q[q] = _thin(held_QC[q], sums_QC[q], n_Q[q], k, slack_Q[q])
+                    if 4 * n_Q[q] > 3 * full_Q[q]:
+                        if full_Q[q] == n_held:
+                            alive ^= np.int64(1) << q
+                            lost_N[first + q] = 1
+                        full_Q[q] = min(2 * full_Q[q], n_held)
         if alive == 0:
             return
     values_C = np.empty(n_held, np.float32)

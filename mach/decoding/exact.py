@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from mach.config import Estimator
 from mach.decoding.coarse import LANES, coarse_topk
-from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, joined, no_lists
-from mach.decoding.pruned import ASKED_ROWS, FEW, FEW_ROWS, GUESS_ROWS, Costs, prune
+from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, lists_of, no_lists
+from mach.decoding.pruned import GUESS_ROWS, Costs, prune
 from mach.decoding.scan import AGGREGATES, MEDIAN, SUM, scan_topk
 from mach.decoding.topk import GROUP, NO_LABEL, Float32, TopK, check_k, finish, frozen
 from mach.decoding.work import Scratch, scratch
@@ -30,7 +30,7 @@ from mach.hashing.table import LabelTable, bucket_dtype
 from mach.kernels import N_THREADS, in_threads
 
 # ns, one core of an AMD EPYC (Zen 5): fitted by `python experiments/exact/run.py fit`
-COSTS = Costs(read=0.1, open=120.0, touch=1.35, score=3.5, scan=0.95, median=3.9, coarse=1.1, pack=0.4, invert=8.0)
+COSTS = Costs(read=0.1, open=120.0, touch=1.35, score=3.5, scan=0.95, median=3.9, lay=0.6, coarse=1.1, pack=0.4, invert=8.0)
 
 WASTE = 0.1  # of a scan's time, at most, is risked on searches that may be given up
 FIRST_DEPTH = 192  # the most buckets of a repetition that are looked at before theta is known
@@ -85,12 +85,14 @@ def exact_topk(
     subset = None if restrict is None else check_restrict(restrict, K, k)
     n_allowed = K if subset is None else len(subset)
     lists = no_lists(N) if exclude is None else check_exclude(exclude, N, K, subset, k)
-    scan_ns, _ = _scan_ns(table, N, n_allowed, k, estimator, costs)
+    scan_ns, in_bytes = _scan_ns(table, N, n_allowed, k, estimator, costs)
+    if not N or not _may_pay(table, N, k, scan_ns, n_threads, costs):
+        return _scan(scores_NRB, table, k, estimator, subset, lists, in_bytes, n_threads), Certificate(
+            *np.zeros((3, N), np.int64)
+        )
     numbers_N3 = np.zeros((N, 3), np.int64)
-    numbers_N3[:, 0] = -1
     top = TopK(np.full((N, k), NO_LABEL), np.full((N, k), -np.inf, np.float32))
-    if N and _may_pay(table, N, k, scan_ns, n_threads, costs):
-        _search(scores_NRB, table, top, numbers_N3, estimator, Only(*lists, _allowed(subset, K)), scan_ns, n_threads, costs)
+    _search(scores_NRB, table, top, numbers_N3, estimator, Only(*lists, _allowed(subset, K)), scan_ns, n_threads, costs)
     left = np.flatnonzero(numbers_N3[:, 0] < 0)
     numbers_N3[left] = 0
     if 0 < len(left) < min(N, GROUP):  # too few to share a scan: each may cost more of a search
@@ -101,14 +103,14 @@ def exact_topk(
         top.labels[left], top.scores[left] = found.labels, found.scores
     elif len(left):
         in_bytes = _scan_ns(table, len(left), n_allowed, k, estimator, costs)[1]
-        found = _scan(scores_NRB, table, k, left, estimator, subset, lists, in_bytes, n_threads)
+        found = _scan(scores_NRB[left], table, k, estimator, subset, lists_of(lists, left), in_bytes, n_threads)
         top.labels[left], top.scores[left] = found.labels, found.scores
     return top, Certificate(*numbers_N3[:, [0, 2, 1]].T.copy())
 
 
 def first_depth(k: int, n_buckets: int) -> int:
     """Give how many buckets of each repetition to look at first: the k best labels are most often among so many."""
-    return max(1, min(max(8, 2 * k) if k < FEW else 8 + 3 * k // 2, FIRST_DEPTH, n_buckets // 16))
+    return max(1, min(max(8, min(2 * k, 8 + 3 * k // 2)), FIRST_DEPTH, n_buckets // 16))
 
 
 def _scan_ns(
@@ -116,8 +118,9 @@ def _scan_ns(
 ) -> tuple[float, bool]:  # fmt: skip
     """Predict what a scan costs a sample, and tell whether that in bytes is the quicker."""
     R, n = table.n_repetitions, max(1, n_samples)
-    plain_ns = R * n_allowed * (costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan) / min(n, GROUP)
-    bytes_ns = R * (n_allowed * costs.coarse / min(n, LANES) + table.n_buckets * costs.pack)
+    look_ns = costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan
+    plain_ns = R * (n_allowed * look_ns / min(n, GROUP) + table.n_buckets * costs.lay)
+    bytes_ns = R * (n_allowed * costs.coarse / min(n, LANES) + table.n_buckets * costs.pack * (1 + 1 / min(n, LANES)))
     may = AGGREGATES[estimator] == SUM and n_allowed >= MANY * k
     return (bytes_ns, True) if may and bytes_ns < plain_ns else (plain_ns, False)
 
@@ -125,8 +128,7 @@ def _scan_ns(
 def _try_ns(table: LabelTable, k: int, costs: Costs) -> float:
     """Predict what a search costs until theta is known."""
     R, B, depth = table.n_repetitions, table.n_buckets, first_depth(k, table.n_buckets)
-    n_rows = min(R, GUESS_ROWS if k > FEW else FEW_ROWS)
-    n_guess = (n_rows + 2 * min(n_rows, ASKED_ROWS)) * min(depth, 12 + 3 * k // 4)  # buckets, each time they are walked
+    n_guess = 3 * min(R, GUESS_ROWS) * min(depth, 12 + 3 * k // 4)  # buckets, as often as they are walked
     guess_ns = costs.touch * n_guess * table.n_labels / B + costs.score * R * 2 * (k + 4)
     return costs.read * R * B + costs.open * R * depth + guess_ns
 
@@ -216,24 +218,21 @@ def longest_bucket(table: LabelTable) -> int:
 
 
 def _scan(
-    scores_NRB: Float32, table: LabelTable, k: int, samples: Int64, estimator: Estimator,
-    subset: Int64 | None, lists: Lists, in_bytes: bool, n_threads: int,
+    scores_NRB: Float32, table: LabelTable, k: int, estimator: Estimator, subset: Int64 | None, lists: Lists, in_bytes: bool,
+    n_threads: int,
 ) -> TopK:  # fmt: skip
-    """Scan some of the samples, over the subset alone where there is one."""
-    rows = [lists.labels[lists.starts[n] : lists.starts[n + 1]] for n in samples]
-    if subset is not None:
-        rows = [np.searchsorted(subset, row) for row in rows]
-    without = joined(rows)
+    """Scan all labels, or the subset alone where there is one."""
     if subset is None:
         table_RM = table.array()
-    elif table.is_arithmetic:
-        dtype = bucket_dtype(table.n_buckets)
-        table_RM = np.stack([table.buckets(subset, row).astype(dtype) for row in range(table.n_repetitions)])
     else:
-        table_RM = np.ascontiguousarray(table.array()[:, subset])
-    picked_NRB = scores_NRB if len(samples) == len(scores_NRB) else scores_NRB[samples]
+        lists = Lists(lists.starts, np.searchsorted(subset, lists.labels))
+        if table.is_arithmetic:
+            dtype = bucket_dtype(table.n_buckets)
+            table_RM = np.stack([table.buckets(subset, row).astype(dtype) for row in range(table.n_repetitions)])
+        else:
+            table_RM = np.ascontiguousarray(table.array()[:, subset])
     if in_bytes:
-        found = coarse_topk(picked_NRB, table_RM, k, without=without, n_threads=n_threads)
+        found = coarse_topk(scores_NRB, table_RM, k, without=lists, n_threads=n_threads)
     else:
-        found = scan_topk(picked_NRB, table_RM, k, estimator=estimator, without=without, n_threads=n_threads)
+        found = scan_topk(scores_NRB, table_RM, k, estimator=estimator, without=lists, n_threads=n_threads)
     return found if subset is None else TopK(subset[found.labels], found.scores)

@@ -19,7 +19,7 @@ from mach.decoding.work import PEAK, Scratch
 from mach.kernels import jit, lowest_bit
 
 LOWEST = -0x7F800001  # of -infinity, as an ordered integer
-GAPS = (301, 132, 57, 23, 10, 4, 1)  # Ciura 2001
+FEW_KEYS = 512  # up to so many are put in place by counting, more are sorted
 
 
 def _codegen_peak(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -65,31 +65,60 @@ _peak, _from = intrinsic(_typed_peak), intrinsic(_typed_from)
 
 
 @jit
-def find_peaks(row_B: Float32, peaks_M: Float32) -> None:
+def find_peaks(scores_RB: Float32, peaks_RM: Float32) -> None:
     """Write the maximum of each 32 buckets, the last of those that are left."""
-    whole = len(row_B) // PEAK
-    for m in range(whole):
-        peaks_M[m] = _peak(row_B, m * PEAK)
-    if whole < len(peaks_M):
-        best = row_B[whole * PEAK]
-        for b in range(whole * PEAK, len(row_B)):
-            best = max(best, row_B[b])
-        peaks_M[whole] = best
+    whole = scores_RB.shape[1] // PEAK
+    for r in range(len(scores_RB)):
+        row_B, peaks_M = scores_RB[r], peaks_RM[r]
+        for m in range(whole):
+            peaks_M[m] = _peak(row_B, m * PEAK)
+        if whole < len(peaks_M):
+            best = row_B[whole * PEAK]
+            for b in range(whole * PEAK, len(row_B)):
+                best = max(best, row_B[b])
+            peaks_M[whole] = best
 
 
 @jit
-def find_best(row_B: Float32, peaks_M: Float32, wanted: int, r: int, work: Scratch) -> None:
-    """Find about `wanted` best buckets of a repetition, or fewer among many equal scores, and a bound on all the others."""
-    B = len(row_B)
+def find_best(scores_RB: Float32, wanted: int, work: Scratch) -> None:
+    """Find about `wanted` best buckets of each repetition, or fewer among many equal scores, and a bound on all the others."""
+    peaks_RM, keys_B, scores_RD, buckets_RD = work.peaks_RM, work.keys_B, work.scores_RB, work.buckets_RB
+    best_R, below_R, n_R = work.best_R, work.below_R, work.n_R
+    around = np.float32(np.inf)  # the level of the repetition before: a good first guess
+    for r in range(len(scores_RB)):
+        row_B, peaks_M, scores_D, buckets_D = scores_RB[r], peaks_RM[r], scores_RD[r], buckets_RD[r]
+        best_R[r] = _max(peaks_M)
+        level, around = _level(row_B, peaks_M, best_R[r], wanted, around)
+        n = collect(row_B, peaks_M, level, keys_B)
+        keys = keys_B[:n]
+        if n > FEW_KEYS:
+            keys.sort()
+        for i in range(n):
+            place = i if n > FEW_KEYS else _n_below(keys, keys[i])
+            scores_D[place] = _float(-(keys[i] >> 32))
+            buckets_D[place] = keys[i] & 0x7FFFFFFF
+        if n == len(row_B):
+            n -= 1
+            around = scores_D[n]
+        below_R[r], n_R[r] = around, n
+
+
+@jit
+def _max(values: Float32) -> Any:
+    best, whole = values[len(values) - 1], len(values) // PEAK * PEAK
+    for first in range(0, whole, PEAK):
+        best = max(best, _peak(values, first))
+    for i in range(whole, len(values)):
+        best = max(best, values[i])
+    return best
+
+
+@jit
+def _level(row_B: Float32, peaks_M: Float32, best: np.float32, wanted: int, around: np.float32) -> tuple[Any, Any]:
+    """Give a level that about `wanted` buckets reach, and a bound on all that do not."""
     by_peaks = wanted <= len(peaks_M) * 2 // 3  # as many peaks as wanted are as many buckets, or a few more
-    best = peaks_M[len(peaks_M) - 1]
-    for m in range(0, len(peaks_M) - PEAK + 1, PEAK):
-        best = max(best, _peak(peaks_M, m))
-    for m in range(len(peaks_M) // PEAK * PEAK, len(peaks_M)):
-        best = max(best, peaks_M[m])
-    work.best_R[r] = best
     start, end = LOWEST, _ordered(best) + 1  # count(start) >= wanted > count(end)
-    middle, stride = _ordered(work.below_R[r - 1]) if r > 0 else end - 1, 1 << 20  # first steps an eighth around the last level
+    middle, stride = min(_ordered(around), end - 1), 1 << 20  # first steps an eighth around the last level
     while end - start > 1:
         if not start < middle < end:
             middle = start + (end - start) // 2
@@ -107,41 +136,36 @@ def find_best(row_B: Float32, peaks_M: Float32, wanted: int, r: int, work: Scrat
         stride *= 2
     if end - start == 1 and n_from(row_B, _float(start)) > 2 * wanted + PEAK:
         start = end  # ties: none of them, as they cannot be told apart
-    level = _float(start)
-    n = collect(row_B, peaks_M, level, work.keys_B)
-    keys = work.keys_B[:n]
-    _sort(keys)
-    for i in range(n):
-        work.scores_RB[r, i] = _float(-(keys[i] >> 32))
-        work.buckets_RB[r, i] = keys[i] & 0x7FFFFFFF
-    if n == B:
-        n -= 1
-        work.below_R[r] = work.scores_RB[r, n]
-    else:
-        work.below_R[r] = _float(start - 1)
-    work.n_R[r] = n
+    return _float(start), _float(start - 1)
 
 
 @jit
-def collect(row_B: Float32, peaks_M: Float32, level: np.float32, keys: Int64) -> int:
+def collect(row_B: Float32, peaks_M: Float32, level: np.float32, keys: Int64) -> Any:
     """Gather the buckets of a level or more as keys, score falling, then bucket; give their number."""
-    n = 0
-    for m in range(len(peaks_M)):
-        if not peaks_M[m] >= level:
-            continue
-        if (m + 1) * PEAK <= len(row_B):
-            bits = _from(row_B, m * PEAK, level)
+    n = np.int64(0)
+    for first in range(0, len(peaks_M), PEAK):
+        high = _bits_from(peaks_M, first, level)
+        while high:
+            start = (first + lowest_bit(high)) * PEAK
+            high &= high - 1
+            bits = _bits_from(row_B, start, level)
             while bits:
-                b = m * PEAK + lowest_bit(bits)
+                b = start + lowest_bit(bits)
                 bits &= bits - 1
                 keys[n] = (-_ordered(row_B[b]) << 32) | b
                 n += 1
-        else:
-            for b in range(m * PEAK, len(row_B)):
-                if row_B[b] >= level:
-                    keys[n] = (-_ordered(row_B[b]) << 32) | b
-                    n += 1
     return n
+
+
+@jit
+def _bits_from(values: Float32, at: int, level: np.float32) -> Any:
+    """Give a bit for each of values[at : at + 32], or of those that are left, set where it is of a level or more."""
+    if at + PEAK <= len(values):
+        return _from(values, at, level)
+    bits = np.int64(0)
+    for i in range(at, len(values)):
+        bits |= np.int64(values[i] >= level) << (i - at)
+    return bits
 
 
 @jit
@@ -154,18 +178,12 @@ def n_from(values: Float32, level: np.float32) -> Any:
 
 
 @jit
-def _sort(keys: Int64) -> None:
-    """Sort some by Shell's method, many by the library."""
-    if len(keys) > 4 * GAPS[0]:
-        keys.sort()
-        return
-    for gap in GAPS:
-        for i in range(gap, len(keys)):
-            key, at = keys[i], i
-            while at >= gap and keys[at - gap] > key:
-                keys[at] = keys[at - gap]
-                at -= gap
-            keys[at] = key
+def _n_below(keys: Int64, key: int) -> Any:
+    """Count the keys below one, without branches."""
+    n = np.int64(0)
+    for i in range(len(keys)):
+        n += np.int64(keys[i] < key)
+    return n
 
 
 @jit

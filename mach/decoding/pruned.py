@@ -37,11 +37,11 @@ from mach.decoding.work import BINS, MAX_CELLS, Float64, Scratch, Task
 from mach.hashing.inverse import Inverse
 from mach.kernels import jit
 
-GUESS_ROWS = 32  # repetitions that the guess opens
-FEW, FEW_ROWS = 10, 8  # up to this k, so many are enough
-ASKED_ROWS = 8  # those of them whose labels it may score
+GUESS_ROWS, MORE_ROWS = 8, 32  # repetitions that the guess opens, and that it opens where these do not tell enough
+CLEAR = FULL // 4  # a cell of this, two repetitions' best or more, is worth a score at once
 UNIT = 2048  # what a cell must reach at first; theta may rise 32 times as far above U until the cells' 16 bits are full
 SAMPLE = 64  # buckets that tell the mean of a repetition
+FEW = 5  # up to so many labels, GUESS_ROWS tell enough for a minimum or a median
 CLEAR_GAIN = 0.85  # of a scan's time: after a search predicted to take more, the next samples are not searched
 SEARCH_SHARE = 0.1  # of the scan's time, at most, goes into looking for a depth
 
@@ -55,8 +55,9 @@ class Costs(NamedTuple):
     score: float  # a repetition of a label that is scored
     scan: float  # a repetition of a label in the scan, for eight samples at once
     median: float  # the same for the median
-    coarse: float  # the same for a sum of bytes, for 32 samples at once
-    pack: float  # a bucket score made a byte
+    lay: float  # a bucket score laid beside those of other samples, for both
+    coarse: float  # as `scan`, for a sum of bytes and 32 samples at once
+    pack: float  # a bucket score made a byte and laid beside others
     invert: float  # a repetition of a label, sorted by bucket for a family that is not arithmetic
 
 
@@ -92,16 +93,20 @@ def prune(
 def _search(task: Task, work: Scratch, depth: int, costs: Costs, budget_ns: float) -> int:
     """Give the depth at which the k best are certain, or -1 if the sample is better scanned."""
     R, B = task.scores_RB.shape
-    for r in range(R):
-        find_peaks(task.scores_RB[r], work.peaks_RM[r])
-        find_best(task.scores_RB[r], work.peaks_RM[r], min(depth, B), r, work)
-    _guess(task, work, min(depth, 12 + 3 * len(task.top_k) // 4))
-    theta = float(task.top_k[0])
-    if not math.isfinite(theta):
+    find_peaks(task.scores_RB, work.peaks_RM)
+    find_best(task.scores_RB, min(depth, B), work)
+    n_guess, n_a_bucket = min(depth, 12 + 3 * len(task.top_k) // 4), _len_of_bucket(task.inverse)
+    _guess(task, work, n_guess, GUESS_ROWS)
+    more_ns = costs.touch * (MORE_ROWS + 2 * GUESS_ROWS) * n_guess * n_a_bucket
+    if not math.isfinite(task.top_k[0]):
         return -1
     if task.aggregate != SUM:
+        if len(task.top_k) > FEW:
+            _guess(task, work, n_guess, MORE_ROWS)
         return _sweep_counts(task, work, costs, budget_ns)
-    n_a_bucket = _len_of_bucket(task.inverse)
+    chosen, least_ns = _plan(task, work, depth, costs)
+    if R > GUESS_ROWS and (chosen == 0 or least_ns > 2 * more_ns):
+        _guess(task, work, n_guess, MORE_ROWS)
     while True:
         deepest = 0
         for r in range(R):
@@ -113,8 +118,7 @@ def _search(task: Task, work: Scratch, depth: int, costs: Costs, budget_ns: floa
         if more_ns > SEARCH_SHARE * budget_ns or more_ns + costs.touch * R * depth * n_a_bucket > min(budget_ns, least_ns):
             break
         depth = min(2 * depth, B)
-        for r in range(R):
-            find_best(task.scores_RB[r], work.peaks_RM[r], depth, r, work)
+        find_best(task.scores_RB, depth, work)
     if chosen == 0 or least_ns > budget_ns:
         return -1
     work.counts[2] = int(least_ns)
@@ -122,13 +126,13 @@ def _search(task: Task, work: Scratch, depth: int, costs: Costs, budget_ns: floa
 
 
 @jit
-def _guess(task: Task, work: Scratch, depth: int) -> None:
-    """Score the most promising labels of a few repetitions, at least k of them where there are as many.
+def _guess(task: Task, work: Scratch, depth: int, most_rows: int) -> None:
+    """Score the most promising labels of GUESS_ROWS repetitions, at least k of them where there are as many.
 
-    Promising by their score if the buckets that are not opened gave a mean score.
+    Promising by their score in at most `most_rows` repetitions, if the buckets that are not opened gave a mean score.
     """
-    R = len(task.scores_RB)
-    n_rows, widest = min(R, GUESS_ROWS if len(task.top_k) > FEW else FEW_ROWS), 0.0
+    R, is_first = len(task.scores_RB), not math.isfinite(task.top_k[0])
+    n_rows, widest = min(R, most_rows), 0.0
     for i in range(n_rows):
         r = i * R // n_rows
         work.floor_R[r] = min(_mean(task.scores_RB[r, :SAMPLE]), float(work.best_R[r]))
@@ -140,10 +144,12 @@ def _guess(task: Task, work: Scratch, depth: int) -> None:
     n_open = n_asked = 0
     for i in range(n_rows):
         n_open = list_buckets(work, i * R // n_rows, depth, scale, n_open)
-        n_asked = n_open if i < ASKED_ROWS else n_asked
+        n_asked = n_open if i < GUESS_ROWS else n_asked
     for i in range(n_open):
         work.amounts[i] &= -2  # even, for the count
-    open_buckets(task, work, cells, n_open, FULL + 1, 0.0, 0.0)
+    open_buckets(task, work, cells, n_open, CLEAR if is_first else FULL + 1, 0.0, 0.0)
+    if is_first and math.isfinite(task.top_k[0]):
+        return
     count_labels(task, work, cells, n_asked)
     wanted, n, at = 2 * (len(task.top_k) + 4 + len(task.without)), 0, BINS
     while at > 0 and n < wanted:

@@ -97,6 +97,19 @@ def test_what_bytes_cannot_tell_apart_is_scanned(monkeypatch):
     assert np.array_equal(scanned[0], scores_NRB[[2, LANES + 1]])
 
 
+def test_many_alike_are_told_apart_before_a_sample_is_given_up(monkeypatch):
+    """More labels share the best sum than are held at first: room grows until it holds them."""
+    monkeypatch.setattr(coarse, "scan_topk", None)  # nothing is left to it
+    rng = np.random.default_rng(4)
+    table_RK = rng.integers(200, size=(6, 20_000)).astype(np.uint8)
+    table_RK[:, 5000:6500] = table_RK[:, 5000:5001]
+    scores_NRB = rng.integers(0, 5, (2, 6, 200)).astype(np.float32)
+    scores_NRB[:, np.arange(6), table_RK[:, 5000]] = 9
+    found = coarse_topk(scores_NRB, table_RK, 3, n_threads=1)
+    assert found.labels.tolist() == 2 * [[5000, 5001, 5002]]
+    assert found.scores.tolist() == 2 * [3 * [54.0]]
+
+
 def test_threads_and_batches_do_not_change_a_bit():
     rng = np.random.default_rng(5)
     table_RK = rng.integers(300, size=(9, 30_000)).astype(np.uint16)

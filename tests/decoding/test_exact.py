@@ -19,7 +19,8 @@ from mach.hashing.table import LabelTable
 ESTIMATORS = Estimator.__args__
 AGGREGATE = {"mean": sum, "logits": sum, "log-probs": sum, "min": min, "median": statistics.median}
 ALWAYS = COSTS._replace(scan=1e9, median=1e9, coarse=1e9)  # a scan is never cheaper
-NEVER = COSTS._replace(scan=0.0, median=0.0)
+NEVER = COSTS._replace(scan=0.0, median=0.0, lay=0.0)
+SLOW_SCAN = COSTS._replace(scan=9.0, coarse=1e9)  # pays only where a search has to open most buckets
 
 
 def problem(seed, *, n_labels=400, family="carter-wegman", integers=False, n_samples=1):
@@ -196,6 +197,18 @@ def test_excluding_what_a_search_finds_gives_the_next():
         found, certificate = exact_topk(scores_NRB, table, 2, **how)
         assert found.labels.tolist() == [planted[n_known : n_known + 2]]
         assert not certificate.scanned.any()
+
+
+def test_samples_given_up_keep_their_own_exclusions():
+    rng, table = np.random.default_rng(6), LabelTable.hashed(60_000, 1500, 12)
+    scores_NRB = rng.normal(0, 0.1, (40, 12, 1500)).astype(np.float32)
+    for n in range(20):  # the others are noise, in which nothing stands out
+        scores_NRB[n, np.arange(12), table.array()[:, 100 * n]] = 9
+    best = scan_topk(scores_NRB, table.array(), 8, estimator="logits").labels
+    exclude = [row[: 1 + n % 5] for n, row in enumerate(best)]
+    found, certificate = exact_topk(scores_NRB, table, 3, estimator="logits", exclude=exclude, n_threads=1, costs=SLOW_SCAN)
+    assert found.labels.tolist() == [row[1 + n % 5 :][:3].tolist() for n, row in enumerate(best)]
+    assert 8 <= certificate.scanned.sum() <= 32
 
 
 @pytest.mark.parametrize("identity", [False, True])
