@@ -119,15 +119,21 @@ class Config:
     )
     rerank_cost: float | Literal["auto"] = _setting(
         AUTO,
-        "of a sample on the wrong side of those weights, C of a linear SVM; auto: the best of 0.1, 0.3 and 1 on the dev split or "
+        "of a sample on the wrong side of those weights, C of a linear SVM; auto: the better of 0.2 and 1 on the dev split or "
         "what is held out, else 0.2",
         0,
     )
     rerank_weight: float | Literal["auto"] = _setting(
-        AUTO, "of their margin beside the mean logit; auto: fitted on the dev split or what is held out, else 1.5", 0
+        AUTO, "of their margin beside the mean logit; auto: chosen on the dev split or what is held out, else 1.5", 0
     )
 
-    validation: float = _setting(0.0, "share of the training samples held out when the data set has no dev split", 0, 0.9)
+    validation: float | Literal["auto"] = _setting(
+        AUTO,
+        "share of the training samples held out when the data set has no dev split; auto: a fortieth, at most 2,000, of 10,000 "
+        "or more, where labels are ordered anew",
+        0,
+        0.9,
+    )
     patience: int = _setting(0, "stop a repetition after so many epochs without a better validation P@1; 0: never", 0)
 
     def __post_init__(self) -> None:
@@ -224,6 +230,12 @@ class Config:
         if self.rerank and features == "dense":
             raise ConfigError(f"rerank={self.rerank} must be 0 or 'auto' over dense features")
         return int(self.rerank)
+
+    def n_held_out(self, n_samples: int, features: Literal["sparse", "dense"]) -> int:
+        """Resolve how many of so many training samples are held out where there is no dev split."""
+        if isinstance(self.validation, float):
+            return round(self.validation * n_samples)
+        return min(2000, n_samples // 40) if n_samples >= 10_000 and self.n_reranked(features) else 0
 
     def n_repetitions(self) -> int:
         """Resolve R: 1 for the identity table, which is the full head."""

@@ -787,7 +787,9 @@ def test_rerank(works, tiny, tmp_path):
     works("train", tiny.path, "--out", tmp_path / "run", *SMALL, "--repetitions", "2")
     said = works("rerank", tmp_path / "run", tiny.path, "--rerank", "5", "--rerank-weight", "2")
     assert re.search(
-        r"re-ranker of the 5 best labels: [\d,]+ parameters, [\d.]+ k?B, weight 2.00 \(given\), \d+\.\d s of fitting", said
+        r"re-ranker of the 5 best labels: [\d,]+ parameters, [\d.]+ k?B, weight 2.00(, prototype [\d.]+)? \(given\), "
+        r"\d+\.\d s of fitting",
+        said,
     )
     assert said.strip().removeprefix(f"{tmp_path / 'run'}: ") in works("inspect", tmp_path / "run")
     for name, flags in (("with", []), ("without", ["--no-rerank"])):

@@ -39,11 +39,12 @@ def show_parts(parts_s: Mapping[str, float]) -> Iterator[str]:
 
 def show_reranker(record: Mapping[str, Any]) -> str:
     """Say in a line what a run's re-ranker is, from its record."""
-    fitted = {"dev": "fitted on the dev split", "held out": "fitted on what is held out"}
+    fitted = {"dev": "chosen on the dev split", "held out": "chosen on what is held out"}
     source = fitted.get(record["weight_from"], record["weight_from"])
+    prototype = f", prototype {record['prototype']:g}" if record.get("prototype") else ""  # runs of before have none
     return (
         f"re-ranker of the {record['depth']} best labels: {record['parameters']:,} parameters, {size_text(record['bytes'])}, "
-        f"weight {record['weight']:.2f} ({source}), {record['train_s']:.1f} s of fitting"
+        f"weight {record['weight']:.2f}{prototype} ({source}), {record['train_s']:.1f} s of fitting"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit_reranker, fit_weight
-from mach.decoding.rerank.weight import SAMPLES
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, best_mix, fit_reranker
+from mach.decoding.rerank.weight import SAMPLES, WEIGHTS, Mix
 from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
-from mach.metrics import hits, ndcg_at_k
+from mach.metrics import hits
 from mach.model import Sizes
 from mach.parallel.devices import devices_of
 from mach.parallel.offline import predict
@@ -32,8 +32,8 @@ from mach.train.memory import peak_bytes
 from mach.train.stop import Stop
 
 SHORTLISTS = "shortlists.parquet"
-COSTS = (0.1, 0.3, 1.0)  # tried where samples can tell which is best
-DEFAULT_COST = 0.2  # elsewhere: see experiments/accuracy/rerank
+DEFAULT_COST = 0.2  # see experiments/accuracy/rerank
+COSTS = (DEFAULT_COST, 1.0)  # tried where samples can tell which is better
 
 
 def rerank(
@@ -73,29 +73,30 @@ def rerank(
     listed_s = time.perf_counter() - began
     train, held = dataset.split("train"), held_out_rows(run.config, dataset)
     judge = _Judge.of(run, dataset, held, depth, device)
-    costs = (config.rerank_cost,) if isinstance(config.rerank_cost, float) else COSTS if judge else (DEFAULT_COST,)
-    found: list[tuple[float, float, Reranker]] = []  # quality, cost
+    costs = (config.rerank_cost,) if isinstance(config.rerank_cost, float) else COSTS if judge else COSTS[:1]
+    n_fits = len(costs) + (2 if judge else 0)
+    weights = (config.rerank_weight,) if isinstance(config.rerank_weight, float) else WEIGHTS
     with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop, progress_bar("re-ranker", shown=progress) as tell:
-        for i, cost in enumerate(costs):
 
-            def told(done: int, total: int, i: int = i) -> None:
-                tell(i * total + done, len(costs) * total)
+        def fit(i: int, cost: float, prototype: float = 0.0) -> Reranker:
+            def told(done: int, total: int) -> None:
+                tell(i * total + done, n_fits * total)
                 if stop.asked and done < total:
                     raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
 
-            fitted = fit_reranker(
+            return fit_reranker(
                 _sparse(train.features), train.labels, lambda: _shortlists(lists, held), cost=cost, depth=depth,
-                weight=DEFAULT_WEIGHT, progress=told,
+                weight=DEFAULT_WEIGHT, prototype=prototype, progress=told,
             )  # fmt: skip
-            if isinstance(config.rerank_weight, float):
-                fitted = replace(fitted, weight=config.rerank_weight)
-            elif judge:
-                fitted = replace(fitted, weight=judge.weight(fitted))
-            found.append((judge.quality(fitted) if judge else 0.0, cost, fitted))
-    _, cost, best = max(found, key=lambda each: each[0])
+
+        tried = [fit(i, cost) for i, cost in enumerate(costs)]
+        mix = judge.mix(tried, fit(len(costs), 0.0, 1.0), weights) if judge else Mix(0, weights[0], 0.0)
+        best = fit(n_fits - 1, costs[mix.which], mix.prototype) if mix.prototype else tried[mix.which]
+    best = replace(best, weight=mix.weight)
     weight_from = "given" if isinstance(config.rerank_weight, float) else judge.name if judge else "default"
     record = {
-        "cost": cost,
+        "cost": costs[mix.which],
+        "prototype": mix.prototype,
         "weight_from": weight_from,
         "listed": listed,
         "repetitions": run.finished(),
@@ -149,15 +150,12 @@ class _Judge:
         top = model.predict_topk(features, depth)
         return cls(name, _sparse(features), take_rows(split.labels, rows), top, len(model.repetitions))
 
-    def weight(self, found: Reranker) -> float:
-        """Fit how much a margin counts beside a mean logit."""
-        margins = found.margins(self.features, self.top.labels)
-        return fit_weight(self.top.scores / self.n_repetitions, margins, hits(self.top.labels, self.truth))
-
-    def quality(self, found: Reranker) -> float:
-        """Give the nDCG of the five best labels, of which all of P@1, P@3 and P@5 are parts."""
-        k = min(5, self.top.labels.shape[1])
-        return ndcg_at_k(found.rerank(self.features, self.top, k, self.n_repetitions).labels, self.truth, k)
+    def mix(self, tried: Sequence[Reranker], prototypes: Reranker, weights: Sequence[float]) -> Mix:
+        """Choose which is best, and how much its margins and likeness to prototypes count beside a mean logit."""
+        labels, n_true_N = self.top.labels, np.diff(self.truth.indptr)
+        *margins, likeness_Nk = [each.margins(self.features, labels) for each in (*tried, prototypes)]
+        right_Nk = hits(labels, self.truth).astype(np.bool_)
+        return best_mix(self.top.scores / self.n_repetitions, margins, likeness_Nk, right_Nk, n_true_N, weights=weights)
 
 
 def _sparse(features: CSR | np.ndarray) -> CSR:

@@ -321,7 +321,10 @@ def held_out_rows(config: Config, dataset: Dataset) -> np.ndarray:
 
 def n_held_out(config: Config, dataset: Dataset) -> int:
     """Give how many samples of the train split are held out: the first of the order of epoch HELD_OUT."""
-    return 0 if _has_dev(dataset) else round(config.validation * dataset.split("train").n_samples)
+    split = dataset.split("train")
+    return (
+        0 if _has_dev(dataset) else config.n_held_out(split.n_samples, "sparse" if isinstance(split.features, CSR) else "dense")
+    )
 
 
 def _has_dev(dataset: Dataset) -> bool:

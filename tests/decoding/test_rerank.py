@@ -13,7 +13,7 @@ from sklearn.svm import LinearSVC
 
 from mach.data import CSR
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit, fit_reranker, fit_weight
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, best_mix, fit, fit_reranker
 from mach.decoding.rerank.fit import UNSEEN, blocks
 from mach.errors import ConfigError
 from mach.kernels import bits_of, float_of
@@ -169,10 +169,39 @@ def test_the_order_is_that_of_the_sums(seed, depth, k, has_ties):
         assert np.allclose(np.diff(later), np.diff(scores[i, depth:k]), atol=1e-4)
 
 
-def test_the_weight_is_that_of_a_logistic_regression():
+@pytest.mark.parametrize("prototype", [0.5, 3.0])
+def test_a_prototype_is_added_to_the_weights(data, monkeypatch, prototype):
+    features, labels, truth, listed = data
+    monkeypatch.setattr(fit, "SMALLEST", 1e-12)
+    parts, X = [(np.arange(N), listed)], scaled(features)
+    sums = truth.T.astype(np.float64) @ X
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    directions = np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 0)
+    plain, alone, both = (fitted(features, labels, parts, cost=c, prototype=p) for c, p in ((1.0, 0), (0, 1), (1.0, prototype)))
+    assert np.allclose(dense(alone), directions, atol=4e-3) and not alone.bias.any()
+    assert np.allclose(dense(both), dense(plain) + prototype * directions, rtol=8e-3, atol=1e-2)
+    assert np.array_equal(both.bias, plain.bias)
+    some = [(np.arange(1, N), listed[1:])]  # the first sample is held out
+    assert np.allclose(dense(fitted(features, labels, some, cost=0, prototype=1.0)) @ X[0], 0, atol=1) and not np.allclose(
+        dense(fitted(features, labels, some, cost=0, prototype=1.0)), directions, atol=4e-3
+    )
+
+
+def test_the_best_mix_is_that_of_the_most_ndcg_and_the_usual_one_unless_it_is_clearly_better():
     rng = np.random.default_rng(0)
-    logits, margins = rng.normal(size=(2, 3000, 4))
-    right = rng.random((3000, 4)) < 1 / (1 + np.exp(-(1.2 * logits + 3.6 * margins - 1)))
-    assert fit_weight(logits, margins, right) == pytest.approx(3, rel=0.1)
-    assert fit_weight(logits, -margins, right) == 0
-    assert fit_weight(-logits, margins, right) == DEFAULT_WEIGHT == fit_weight(logits, margins, np.ones_like(right))
+    logits, margins, others, likeness = rng.normal(size=(4, 500, 8))
+    n_true = rng.integers(1, 4, 500)
+
+    def truth(scores):
+        return np.argsort(np.argsort(-scores, axis=1), axis=1) < n_true[:, None]
+
+    for which, weight, prototype in ((0, 3.0, 0.5), (1, 0.4, 4.0), (0, 6.0, 0.0), (0, 0.0, 0.0)):
+        right = truth(logits + weight * ((margins, others)[which] + prototype * likeness))
+        assert best_mix(logits, [margins, others], likeness, right, n_true) == (which, weight, prototype)
+    right = truth(logits + 3 * margins)
+    assert best_mix(logits, [margins], likeness, right, n_true, weights=(0.75,)) == (0, 0.75, 0)
+    usual = (0, DEFAULT_WEIGHT, 0)
+    assert best_mix(logits, [margins], likeness, np.zeros_like(right), n_true) == usual
+    one = truth(logits + DEFAULT_WEIGHT * margins)
+    one[0] = truth(logits + 6 * margins)[0]  # of 500 samples one is better with another weight
+    assert best_mix(logits, [margins], likeness, one, n_true) == usual

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mach import Config, load, train
-from mach.decoding.rerank import DEFAULT_WEIGHT, fit_weight
+from mach.decoding.rerank import DEFAULT_WEIGHT, best_mix
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.inspect.ask import ask
-from mach.metrics import ndcg_at_k
+from mach.metrics import hits
 from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
 from mach.parallel.rerank import rerank
@@ -96,7 +96,7 @@ def test_settings_in_place_of_the_runs(tiny, tmp_path):
     record = record_of(tmp_path / "run")
     assert (found.depth, found.weight, record["cost"], record["weight_from"]) == (4, 0.25, 3.0, "given")
     other = rerank(tmp_path / "run", tiny, settings={"rerank": 4, "rerank_weight": 0.25, "rerank_cost": 0.01})
-    assert other.n_parameters < found.n_parameters  # and took the place of the first
+    assert other.key != found.key  # and took the place of the first
     assert load(tmp_path / "run").reranker.key == other.key
 
 
@@ -119,31 +119,28 @@ def test_samples_held_out_are_not_fitted_on_and_tell_the_weight(tiny_without_dev
     assert (record["weight"], record["weight_from"], len(seen[-1])) == (DEFAULT_WEIGHT, "default", 200)
 
 
-def test_the_best_of_three_costs_is_taken_where_samples_can_tell(tiny, tiny_without_dev, tmp_path, monkeypatch):
+def test_the_best_cost_weight_and_prototype_are_taken_where_samples_can_tell(tiny, tiny_without_dev, tmp_path, monkeypatch):
     fitted, real = {}, rerank_module.fit_reranker
 
-    def fit(*given, cost, **how):
-        fitted[cost] = real(*given, cost=cost, **how)
-        return fitted[cost]
+    def fit(*given, cost, prototype, **how):
+        fitted[cost, prototype] = real(*given, cost=cost, prototype=prototype, **how)
+        return fitted[cost, prototype]
 
     monkeypatch.setattr(rerank_module, "fit_reranker", fit)
     found = train(CONFIG, tiny, tmp_path / "run").reranker
-    assert list(fitted) == [0.1, 0.3, 1.0]
-    dev, model, quality = tiny.split("dev"), load(tmp_path / "run", rerank=False), {}
+    assert list(fitted)[:3] == [(0.2, 0.0), (1.0, 0.0), (0.0, 1.0)]
+    dev, model = tiny.split("dev"), load(tmp_path / "run", rerank=False)
     top = model.predict_topk(dev.features, 6)
-    for cost, each in fitted.items():
-        right = [
-            [label in own for label in row]
-            for row, own in zip(top.labels, np.split(dev.labels.indices, dev.labels.indptr[1:-1]), strict=True)
-        ]
-        weight = fit_weight(top.scores / 3, each.margins(dev.features, top.labels), right)
-        both = dataclasses.replace(each, weight=weight)
-        quality[cost] = ndcg_at_k(both.rerank(dev.features, top, 5, 3).labels, dev.labels, 5), both.key
-    best = max(quality, key=lambda cost: quality[cost][0])
-    assert record_of(tmp_path / "run")["cost"] == best and found.key == quality[best][1]
+    right, n_true = hits(top.labels, dev.labels).astype(bool), np.diff(dev.labels.indptr)
+    margins = {each: one.margins(dev.features, top.labels) for each, one in fitted.items()}
+    mix = best_mix(top.scores / 3, [margins[0.2, 0.0], margins[1.0, 0.0]], margins[0.0, 1.0], right, n_true)
+    record, cost = record_of(tmp_path / "run"), (0.2, 1.0)[mix.which]
+    assert (record["cost"], record["weight"], record["prototype"]) == (cost, mix.weight, mix.prototype)
+    assert found.key == dataclasses.replace(fitted[cost, mix.prototype], weight=mix.weight).key
+    assert mix.prototype  # of this data set: the last fit is another
     fitted.clear()
     train(CONFIG, tiny_without_dev, tmp_path / "none")
-    assert list(fitted) == [0.2]
+    assert list(fitted) == [(0.2, 0.0)]
 
 
 def test_what_was_stopped_goes_on(tiny, tmp_path, monkeypatch, run):

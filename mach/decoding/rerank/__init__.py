@@ -2,6 +2,6 @@
 
 from mach.decoding.rerank.fit import fit_reranker
 from mach.decoding.rerank.linear import Reranker
-from mach.decoding.rerank.weight import DEFAULT_WEIGHT, fit_weight
+from mach.decoding.rerank.weight import DEFAULT_WEIGHT, best_mix
 
-__all__ = ["DEFAULT_WEIGHT", "Reranker", "fit_reranker", "fit_weight"]
+__all__ = ["DEFAULT_WEIGHT", "Reranker", "best_mix", "fit_reranker"]
