@@ -20,7 +20,7 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import fit_reranker, fit_weight
+from mach.decoding.rerank import best_mix, fit_reranker
 from mach.metrics import hits
 from mach.train.loop import held_out_rows
 
@@ -55,9 +55,9 @@ def measure(source: Path, out: Path, seed: int) -> None:
     R, mean = config.repetitions, math.ceil(model.sizes.labels_a_sample)
     top = shortlists(model, features, min(100, dataset.n_labels))
     long = shortlists(model, take(train.features, fitted), min(2 * DEPTH + mean, dataset.n_labels)).labels
-    right = hits(top.labels[:, :DEPTH], truth)
+    right = hits(top.labels[:, :DEPTH], truth).astype(bool)
     print(f"\n## {source.name}, seed {seed}: {len(rows):,} samples of {'dev' if has_dev else 'train, held out'}\n")
-    print(f"| cost | listed | weights, million | s | {' | '.join(f'weight {w:g}' for w in WEIGHTS)} | fitted weight |")
+    print(f"| cost | listed | weights, million | s | {' | '.join(f'weight {w:g}' for w in WEIGHTS)} | chosen weight |")
     print("|" + "---|" * (len(WEIGHTS) + 5))
     print(f"| decoding alone | | | | {' | '.join([precision(top.labels, truth)] + [''] * len(WEIGHTS))} |")
     for cost in COSTS:
@@ -69,7 +69,7 @@ def measure(source: Path, out: Path, seed: int) -> None:
             )
             seconds = time.perf_counter() - began
             margins = found.margins(features, top.labels[:, :DEPTH])
-            best = fit_weight(top.scores[:, :DEPTH] / R, margins, right)
+            best = best_mix(top.scores[:, :DEPTH] / R, [margins], 0 * margins, right, np.diff(truth.indptr)).weight
             cells = [f"{cost:g}", str(listed), f"{found.n_parameters / 1e6:.2f}", f"{seconds:.1f}"]
             for weight in (*WEIGHTS, best):
                 ordered = dataclasses.replace(found, weight=weight).rerank(features, top, 5, R)
