@@ -74,13 +74,23 @@ def reranker_record(folder: Path) -> dict[str, Any] | None:
 
 
 def load_reranker(folder: Path, key: str) -> Reranker | None:
-    """Map a run folder's re-ranker; None if there is none.
+    """Map a run folder's re-ranker; None if there is none. One that takes its place meanwhile is read instead.
 
     Raises: ModelError if it is broken, or of another run.
     """
-    record = reranker_record(folder)
-    if record is None:
-        return None
+    while (record := reranker_record(folder)) is not None:
+        try:
+            found = _load(folder, key, record)
+        except ModelError:
+            if reranker_record(folder) == record:
+                raise
+            continue
+        if reranker_record(folder) == record:
+            return found
+    return None
+
+
+def _load(folder: Path, key: str, record: Mapping[str, Any]) -> Reranker:
     path = folder / WEIGHTS
     if record["run"] != key:
         raise ModelError(f"{path}: is of another run, copied here by mistake; {AGAIN}")
