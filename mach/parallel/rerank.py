@@ -16,7 +16,7 @@ import torch
 
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, best_mix, fit_reranker
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, add_prototypes, best_mix, fit_prototypes, fit_reranker
 from mach.decoding.rerank.weight import SAMPLES, WEIGHTS, Mix
 from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
@@ -74,24 +74,26 @@ def rerank(
     train, held = dataset.split("train"), held_out_rows(run.config, dataset)
     judge = _Judge.of(run, dataset, held, depth, device)
     costs = (config.rerank_cost,) if isinstance(config.rerank_cost, float) else COSTS if judge else COSTS[:1]
-    n_fits = len(costs) + (2 if judge else 0)
     weights = (config.rerank_weight,) if isinstance(config.rerank_weight, float) else WEIGHTS
+    tried: list[Reranker] = []
     with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop, progress_bar("re-ranker", shown=progress) as tell:
 
-        def fit(i: int, cost: float, prototype: float = 0.0) -> Reranker:
-            def told(done: int, total: int) -> None:
-                tell(i * total + done, n_fits * total)
-                if stop.asked and done < total:
-                    raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
+        def told(done: int, total: int) -> None:
+            tell(len(tried) * total + done, len(costs) * total)
+            if stop.asked and done < total:
+                raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
 
-            return fit_reranker(
-                _sparse(train.features), train.labels, lambda: _shortlists(lists, held), cost=cost, depth=depth,
-                weight=DEFAULT_WEIGHT, prototype=prototype, progress=told,
-            )  # fmt: skip
-
-        tried = [fit(i, cost) for i, cost in enumerate(costs)]
-        mix = judge.mix(tried, fit(len(costs), 0.0, 1.0), weights) if judge else Mix(0, weights[0], 0.0)
-        best = fit(n_fits - 1, costs[mix.which], mix.prototype) if mix.prototype else tried[mix.which]
+        features = _sparse(train.features)
+        for cost in costs:
+            how = {"cost": cost, "depth": depth, "weight": DEFAULT_WEIGHT, "progress": told}
+            tried.append(fit_reranker(features, train.labels, lambda: _shortlists(lists, held), **how))
+    mix = Mix(0, weights[0], 0.0)
+    if judge:
+        prototypes = fit_prototypes(features, train.labels, ~np.isin(np.arange(train.n_samples), held), depth=depth)
+        mix = judge.mix(tried, prototypes, weights)
+    best = tried[mix.which]
+    if mix.prototype:
+        best = add_prototypes(best, prototypes, mix.prototype)
     best = replace(best, weight=mix.weight)
     weight_from = "given" if isinstance(config.rerank_weight, float) else judge.name if judge else "default"
     record = {

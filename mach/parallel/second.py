@@ -91,7 +91,7 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
 
     The allocator still holds what came and went with a step of training. Shortlists take the mapped weights of all repetitions,
     bucket scores twice, those of one repetition beside them, and the lists of some thousand samples. The fit takes pairs, a
-    number or two a feature and thread, and the weights of each fit, those of the last one twice as they are joined. Both map the
+    number or two a feature and thread, and the weights of each fit, of prototypes, and of their sum with the best. Both map the
     features.
     """
     R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
@@ -106,7 +106,7 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
     scores = min(some, CHUNK_BYTES["cpu"]) if is_full else some
     lists = held + 2 * scores + scores // R + N_THREADS * THREAD_BYTES + LISTED_BYTES * rows * listed
     pairs = min(PAIRS, round(samples.n * (listed + sizes.labels_a_sample)))
-    n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + 2  # prototypes alone, and with the best
-    fit = 4 * (pairs + samples.n + 2 * N_THREADS * F) + (n_fits + 1) * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
+    n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + 3  # prototypes, twice as they are added, and the sum
+    fit = 4 * (pairs + samples.n + 2 * N_THREADS * F) + n_fits * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
     mapped = round(8 * samples.n * samples.features)
     return PROCESS_BYTES + LATER_BYTES + step_bytes(config, sizes, R, device=CPU) + mapped + max(lists, fit)

@@ -13,7 +13,16 @@ from sklearn.svm import LinearSVC
 
 from mach.data import CSR
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, best_mix, fit, fit_reranker
+from mach.decoding.rerank import (
+    DEFAULT_WEIGHT,
+    Reranker,
+    add_prototypes,
+    best_mix,
+    fit,
+    fit_prototypes,
+    fit_reranker,
+    prototypes,
+)
 from mach.decoding.rerank.fit import UNSEEN, blocks
 from mach.errors import ConfigError
 from mach.kernels import bits_of, float_of
@@ -169,22 +178,36 @@ def test_the_order_is_that_of_the_sums(seed, depth, k, has_ties):
         assert np.allclose(np.diff(later), np.diff(scores[i, depth:k]), atol=1e-4)
 
 
-@pytest.mark.parametrize("prototype", [0.5, 3.0])
-def test_a_prototype_is_added_to_the_weights(data, monkeypatch, prototype):
+@pytest.mark.parametrize("share", [0.5, 3.0])
+def test_a_share_of_the_prototypes_is_added_to_the_weights(data, monkeypatch, share):
     features, labels, truth, listed = data
     monkeypatch.setattr(fit, "SMALLEST", 1e-12)
-    parts, X = [(np.arange(N), listed)], scaled(features)
-    sums = truth.T.astype(np.float64) @ X
+    monkeypatch.setattr(prototypes, "SMALLEST", 1e-12)
+    used = np.arange(N) % 7 != 3
+    sums = (truth * used[:, None]).T.astype(np.float64) @ scaled(features)
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
     directions = np.divide(sums, lengths, out=np.zeros_like(sums), where=lengths > 0)
-    plain, alone, both = (fitted(features, labels, parts, cost=c, prototype=p) for c, p in ((1.0, 0), (0, 1), (1.0, prototype)))
-    assert np.allclose(dense(alone), directions, atol=4e-3) and not alone.bias.any()
-    assert np.allclose(dense(both), dense(plain) + prototype * directions, rtol=8e-3, atol=1e-2)
-    assert np.array_equal(both.bias, plain.bias)
-    some = [(np.arange(1, N), listed[1:])]  # the first sample is held out
-    assert np.allclose(dense(fitted(features, labels, some, cost=0, prototype=1.0)) @ X[0], 0, atol=1) and not np.allclose(
-        dense(fitted(features, labels, some, cost=0, prototype=1.0)), directions, atol=4e-3
-    )
+    alone = fit_prototypes(features, labels, used, depth=4)
+    assert np.allclose(dense(alone), directions, rtol=4e-3, atol=1e-9) and not alone.bias.any()
+    asked = np.broadcast_to(np.arange(K), (N, K)).copy()
+    assert np.allclose(alone.margins(features, asked), scaled(features) @ directions.T, atol=4e-3)
+    plain = fitted(features, labels, [(np.arange(N), listed)])
+    both = add_prototypes(plain, alone, share)
+    assert np.allclose(dense(both), dense(plain) + share * dense(alone), rtol=4e-3, atol=1e-9)
+    assert np.array_equal(both.bias, plain.bias) and (both.depth, both.weight) == (plain.depth, plain.weight)
+
+
+def test_what_is_near_zero_is_not_kept_in_prototypes_nor_in_their_sum_with_weights():
+    rows = np.array([[1.0, 0.049, 0], [0, 0, 2.0]], np.float32)
+    features, labels = CSR.from_scipy(rows), CSR.from_scipy(np.array([[1, 0, 0], [1, 0, 1.0]]), with_values=False)
+    found = fit_prototypes(features, labels, np.ones(2, bool), depth=1)
+    half = float_of(bits_of(np.float32(0.7071)))
+    assert dense(found).tolist() == [[half, 0, half], [0, 0, 0], [0, 0, 1]]
+    weights = Reranker(
+        np.array([0, 1, 1, 2]), np.array([0, 1], np.int32), np.array([bits_of(-half + 0.01), bits_of(3.0)], np.uint16),
+        np.zeros(3, np.float32), 3, 1, 1.5,
+    )  # fmt: skip
+    assert dense(add_prototypes(weights, found, 1.0)).tolist() == [[0, 0, half], [0, 0, 0], [0, 3, 1]]
 
 
 def test_the_best_mix_is_that_of_the_most_ndcg_and_the_usual_one_unless_it_is_clearly_better():

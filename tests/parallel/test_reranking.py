@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mach import Config, load, train
-from mach.decoding.rerank import DEFAULT_WEIGHT, best_mix
+from mach.decoding.rerank import DEFAULT_WEIGHT, add_prototypes, best_mix, fit_prototypes
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.inspect.ask import ask
 from mach.metrics import hits
@@ -101,18 +101,20 @@ def test_settings_in_place_of_the_runs(tiny, tmp_path):
 
 
 def test_samples_held_out_are_not_fitted_on_and_tell_the_weight(tiny_without_dev, tmp_path, monkeypatch):
-    seen = []
-    real = rerank_module.fit_reranker
+    seen, used = [], []
+    real, prototypes = rerank_module.fit_reranker, rerank_module.fit_prototypes
 
     def fit(features, labels, shortlists, **how):
         seen.append(np.concatenate([rows for rows, _ in shortlists()]))
         return real(features, labels, shortlists, **how)
 
     monkeypatch.setattr(rerank_module, "fit_reranker", fit)
+    monkeypatch.setattr(rerank_module, "fit_prototypes", lambda *given, **how: used.append(given[2]) or prototypes(*given, **how))
     config = CONFIG.replace(validation=0.2)
     train(config, tiny_without_dev, tmp_path / "held")
     held = held_out_rows(config, tiny_without_dev)
     assert len(held) == 40 and np.array_equal(np.sort(np.concatenate([seen[0], held])), np.arange(200))
+    assert np.array_equal(np.flatnonzero(~used[0]), held)
     assert record_of(tmp_path / "held")["weight_from"] == "held out"
     train(CONFIG, tiny_without_dev, tmp_path / "none")
     record = record_of(tmp_path / "none")
@@ -122,25 +124,26 @@ def test_samples_held_out_are_not_fitted_on_and_tell_the_weight(tiny_without_dev
 def test_the_best_cost_weight_and_prototype_are_taken_where_samples_can_tell(tiny, tiny_without_dev, tmp_path, monkeypatch):
     fitted, real = {}, rerank_module.fit_reranker
 
-    def fit(*given, cost, prototype, **how):
-        fitted[cost, prototype] = real(*given, cost=cost, prototype=prototype, **how)
-        return fitted[cost, prototype]
+    def fit(*given, cost, **how):
+        fitted[cost] = real(*given, cost=cost, **how)
+        return fitted[cost]
 
     monkeypatch.setattr(rerank_module, "fit_reranker", fit)
     found = train(CONFIG, tiny, tmp_path / "run").reranker
-    assert list(fitted)[:3] == [(0.2, 0.0), (1.0, 0.0), (0.0, 1.0)]
-    dev, model = tiny.split("dev"), load(tmp_path / "run", rerank=False)
+    assert list(fitted) == [0.2, 1.0]
+    dev, model, split = tiny.split("dev"), load(tmp_path / "run", rerank=False), tiny.split("train")
     top = model.predict_topk(dev.features, 6)
     right, n_true = hits(top.labels, dev.labels).astype(bool), np.diff(dev.labels.indptr)
-    margins = {each: one.margins(dev.features, top.labels) for each, one in fitted.items()}
-    mix = best_mix(top.scores / 3, [margins[0.2, 0.0], margins[1.0, 0.0]], margins[0.0, 1.0], right, n_true)
+    prototypes = fit_prototypes(split.features, split.labels, np.ones(split.n_samples, bool), depth=6)
+    *margins, likeness = (each.margins(dev.features, top.labels) for each in (*fitted.values(), prototypes))
+    mix = best_mix(top.scores / 3, margins, likeness, right, n_true)
     record, cost = record_of(tmp_path / "run"), (0.2, 1.0)[mix.which]
     assert (record["cost"], record["weight"], record["prototype"]) == (cost, mix.weight, mix.prototype)
-    assert found.key == dataclasses.replace(fitted[cost, mix.prototype], weight=mix.weight).key
-    assert mix.prototype  # of this data set: the last fit is another
+    assert mix.prototype  # of this data set
+    assert found.key == dataclasses.replace(add_prototypes(fitted[cost], prototypes, mix.prototype), weight=mix.weight).key
     fitted.clear()
     train(CONFIG, tiny_without_dev, tmp_path / "none")
-    assert list(fitted) == [(0.2, 0.0)]
+    assert list(fitted) == [0.2]
 
 
 def test_what_was_stopped_goes_on(tiny, tmp_path, monkeypatch, run):

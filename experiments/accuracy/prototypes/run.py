@@ -10,7 +10,6 @@ settings, what is gained by those that 250 to 2,000 samples choose, without and 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, take, take_rows
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, best_mix, fit_reranker
+from mach.decoding.rerank import DEFAULT_WEIGHT, add_prototypes, best_mix, fit_prototypes, fit_reranker
 from mach.decoding.rerank.weight import Mix
 from mach.metrics import hits
 from mach.parallel.rerank import COSTS, n_listed
@@ -51,13 +50,13 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
     labels, logits = shortlists(model, features, DEPTH)
     right, n_true = hits(labels, truth).astype(bool), np.diff(truth.indptr)
 
-    def fit(cost: float, prototype: float = 0.0) -> Reranker:
-        how = {"cost": cost, "prototype": prototype, "depth": DEPTH, "weight": 0.0}
-        return fit_reranker(train.features, train.labels, lambda: [(fitted, lists)], **how)
-
-    fits = [fit(cost) for cost in COSTS]
+    fits = [
+        fit_reranker(train.features, train.labels, lambda: [(fitted, lists)], cost=cost, depth=DEPTH, weight=0.0)
+        for cost in COSTS
+    ]
     margins = [each.margins(features, labels) for each in fits]
-    likeness = fit(0.0, 1.0).margins(features, labels)
+    prototypes = fit_prototypes(train.features, train.labels, np.isin(np.arange(train.n_samples), fitted), depth=DEPTH)
+    likeness = prototypes.margins(features, labels)
 
     def precision(picked: np.ndarray, mix: Mix) -> np.ndarray:
         scores = logits[picked] + mix.weight * (margins[mix.which][picked] + mix.prototype * likeness[picked])
@@ -83,7 +82,7 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
     if not chosen:
         raise SystemExit(f"{source}: {len(rows)} samples to choose by and to measure on are too few: {2 * SAMPLES[0]} at least")
     middle = sorted(chosen, key=lambda mix: (mix.weight * mix.prototype, mix.weight))[len(chosen) // 2]
-    both = dataclasses.replace(fit(COSTS[middle.which], middle.prototype), weight=middle.weight)
+    both = add_prototypes(fits[middle.which], prototypes, middle.prototype)
     cells += [f"{COSTS[middle.which]:g}, {middle.weight:g}, {middle.prototype:g}"]
     cells += [f"{fits[0].n_parameters / 1e6:.2f} -> {both.n_parameters / 1e6:.2f}"]
     print(f"| {source.name} | {len(rows):,} of {'dev' if has_dev else 'train'} | {' | '.join(cells)} |", flush=True)

@@ -6,9 +6,6 @@ The pairs of a label are its positive samples (y = 1) and the samples on whose s
 Each label is solved alone, by coordinate descent in the dual with shrinking (Hsieh et al. 2008, A dual coordinate descent method
 for large-scale linear SVM), so labels run in threads, and the answer depends on neither their number nor the blocks. Negatives
 from shortlists instead of all samples are what trees train their last level on (Prabhu et al. 2018, Parabel).
-
-A label of few samples tells an SVM little. To its weights may be added a share of its prototype, the direction of the sum of its
-positive samples, each of length 1 (Rocchio 1971): whose product with a sample is a cosine.
 """
 
 from __future__ import annotations
@@ -43,7 +40,6 @@ def fit_reranker(
     cost: float,
     depth: int,
     weight: float,
-    prototype: float = 0.0,
     pairs: int = PAIRS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reranker:
@@ -51,7 +47,6 @@ def fit_reranker(
 
     Args:   shortlists, gives parts of (row numbers, their shortlists (n, m)) anew each time it is called, once a block of labels;
             samples that are in none of them are not trained on, not even as positives.
-            cost, 0 for prototypes alone; prototype, how much of it is added to a label's weights.
             pairs, how many of (label, sample) are held at once: labels are done in blocks that have no more, or one by one.
             progress(labels done, K).
     """
@@ -61,11 +56,7 @@ def fit_reranker(
     for rows, listed in shortlists():
         used[rows] = True
         _count(rows, listed, label_indptr, label_indices, counts)
-    scales = np.empty(len(features), np.float32)
-    values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
-    indptr, indices, values = (read_only(array) for array in (features.indptr, features.indices, values))
-    _scales(indptr, values, scales)
-    fixed = (indptr, indices, values, scales)
+    fixed = scales_of(features)
     found: list[tuple[Array, ...]] = []
     for low, high in blocks(counts, pairs):
         starts = np.zeros(high - low + 1, np.int64)
@@ -75,7 +66,7 @@ def fit_reranker(
         n_positive = at - starts[:-1]
         for rows, listed in shortlists():
             _negatives(rows, listed, label_indptr, label_indices, low, high, at, samples)
-        found += _solve(fixed, features.n_columns, samples, starts, n_positive, low, cost, prototype)
+        found += _solve(fixed, features.n_columns, samples, starts, n_positive, low, cost)
         if progress is not None:
             progress(high, n_labels)
     ends = np.zeros(n_labels + 1, np.int64)
@@ -95,9 +86,29 @@ def blocks(counts: npt.NDArray[np.int64], pairs: int) -> list[tuple[int, int]]:
     return [*found, (low, len(counts))]
 
 
+def scales_of(features: CSR) -> tuple[Array, Array, Array, Array]:
+    """Give the arrays of sparse rows as kernels take them, and what scales each row to length 1."""
+    scales = np.empty(len(features), np.float32)
+    values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
+    indptr, indices, values = (read_only(array) for array in (features.indptr, features.indices, values))
+    _scales(indptr, values, scales)
+    return indptr, indices, values, scales
+
+
+def all_positives(labels: CSR, used_N: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Give the used samples of each label, one label's after another's, and where each begins, (K + 1,)."""
+    indptr, indices = read_only(labels.indptr), read_only(labels.indices)
+    starts = np.zeros(labels.n_columns + 1, np.int64)
+    _count_used(used_N, indptr, indices, starts[1:])
+    np.cumsum(starts, out=starts)
+    samples = np.empty(starts[-1], np.int32)
+    _positives(indptr, indices, used_N, 0, labels.n_columns, starts[:-1].copy(), samples)
+    return samples, starts
+
+
 def _solve(
     fixed: tuple[Array, Array, Array, Array], n_features: int, samples: Array, starts: Array, n_positive: Array, first: int,
-    cost: float, prototype: float,
+    cost: float,
 ) -> list[tuple[Array, ...]]:  # fmt: skip
     """Solve a block of labels in threads; give (entries a label, their features, their values, biases) of each run of them."""
     n_labels = len(n_positive)
@@ -109,8 +120,7 @@ def _solve(
     def solve(i: int) -> None:
         low, high = cuts[i]
         parts[i] = _fit(
-            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, cost, prototype,
-            SMALLEST,
+            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, cost, SMALLEST
         )  # fmt: skip
 
     in_threads(solve, [(i,) for i in range(len(cuts))], N_THREADS)
@@ -143,6 +153,14 @@ def _count(rows: Array, listed: Array, indptr: Array, indices: Array, counts: Ar
 
 
 @jit
+def _count_used(used: Array, indptr: Array, indices: Array, counts: Array) -> None:
+    for row in range(len(used)):
+        if used[row]:
+            for i in range(indptr[row], indptr[row + 1]):
+                counts[indices[i]] += 1
+
+
+@jit
 def _positives(indptr: Array, indices: Array, used: Array, low: int, high: int, ends: Array, samples: Array) -> None:
     for row in range(len(used)):
         if used[row]:
@@ -167,25 +185,20 @@ def _negatives(
 @jit_ieee
 def _fit(
     indptr: Array, indices: Array, values: Array, scales: Array, n_features: int, samples: Array, starts: Array,
-    n_positive: Array, first: int, low: int, high: int, cost: float, prototype: float, smallest: float,
+    n_positive: Array, first: int, low: int, high: int, cost: float, smallest: float,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Solve the labels [low, high) of a block whose first is `first`; keep what is not near zero."""
     weights = np.zeros(n_features + 1, np.float32)  # the bias is the last, the weight of a feature that is always one
-    counts, bias = np.zeros(high - low, np.int64), np.full(high - low, np.float32(UNSEEN if cost > 0 else 0))
-    together = np.zeros(n_features if prototype > 0 else 0, np.float32)
+    counts, bias = np.zeros(high - low, np.int64), np.full(high - low, np.float32(UNSEEN))
     features, kept, size = np.empty(1024, np.int32), np.empty(1024, np.uint16), 0
     for label in range(low, high):
         if n_positive[label] == 0:
             continue
         rows = samples[starts[label] : starts[label + 1]]
-        duals: Array = np.zeros(len(rows), np.float32)
-        if cost > 0:
-            duals = _descend(indptr, indices, values, scales, rows, n_positive[label], cost, first + label, weights)
-        if prototype > 0:
-            _add_prototype(indptr, indices, values, scales, rows[: n_positive[label]], prototype, together, weights)
+        duals = _descend(indptr, indices, values, scales, rows, n_positive[label], cost, first + label, weights)
         begin = size
         for j in range(len(rows)):
-            if duals[j] == 0 and (prototype == 0 or j >= n_positive[label]):
+            if duals[j] == 0:
                 continue
             for i in range(indptr[rows[j]], indptr[rows[j] + 1]):
                 weight = weights[indices[i]]
@@ -203,27 +216,6 @@ def _fit(
         counts[label - low], bias[label - low] = size - begin, weights[n_features]
         weights[n_features] = 0
     return counts, features[:size].copy(), kept[:size].copy(), bias
-
-
-@jit_ieee
-def _add_prototype(
-    indptr: Array, indices: Array, values: Array, scales: Array, rows: Array, prototype: float, together: Array, weights: Array
-) -> None:
-    """Add a share of the sum of the rows, scaled to length 1, to the weights; `together` comes and goes as zeros."""
-    for row in rows:
-        for i in range(indptr[row], indptr[row + 1]):
-            together[indices[i]] += scales[row] * values[i]
-    square = 0.0
-    for done in range(2):  # first the length of the sum, then the sum itself
-        share = np.float32(prototype / np.sqrt(square)) if square > 0 else np.float32(0)
-        for row in rows:
-            for i in range(indptr[row], indptr[row + 1]):
-                feature = indices[i]
-                if done == 0:
-                    square += np.float64(together[feature]) * scales[row] * values[i]  # of sums: sum of their product with each
-                else:
-                    weights[feature] += share * together[feature]
-                    together[feature] = 0
 
 
 @jit_ieee
