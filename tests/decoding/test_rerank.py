@@ -225,6 +225,19 @@ def test_the_best_mix_is_that_of_the_most_ndcg_and_the_usual_one_unless_it_is_cl
     assert best_mix(logits, [margins], likeness, right, n_true, weights=(0.75,)) == (0, 0.75, 0)
     usual = (0, DEFAULT_WEIGHT, 0)
     assert best_mix(logits, [margins], likeness, np.zeros_like(right), n_true) == usual
-    one = truth(logits + DEFAULT_WEIGHT * margins)
-    one[0] = truth(logits + 6 * margins)[0]  # of 500 samples one is better with another weight
-    assert best_mix(logits, [margins], likeness, one, n_true) == usual
+
+
+def test_gains_of_a_few_samples_and_of_long_lists_do_not_count_too_much():
+    logits = np.tile(np.arange(8.0, 0, -1), (100, 1))
+    margins, right, zeros = np.zeros((100, 8)), np.zeros((100, 8), bool), np.zeros((100, 8))
+    right[:, 0] = True
+    margins[:2, 5] = 1.0  # from weight 6 on, this label is first: one sample gains 0.6 of its nDCG, another loses 0.4
+    right[0] = np.arange(8) == 5
+    one_each = np.ones(100, np.int64)
+    assert best_mix(logits, [margins], zeros, right, one_each) == (0, DEFAULT_WEIGHT, 0)
+    right[2:60], margins[2:60] = right[0], margins[0]
+    assert best_mix(logits, [margins], zeros, right, one_each).weight >= 6
+    margins[:], right[:] = 0, False
+    right[:50, 0], margins[:50, 5] = True, 2.0  # from weight 3 on these lose a place, 0.37 of their nDCG
+    right[50:, [0, 1, 2, 3, 7]], margins[50:, 7] = True, 1.9  # and these gain 0.39, but of the 2.95 that five labels give
+    assert best_mix(logits, [margins], zeros, right, np.repeat([1, 5], 50)) == (0, DEFAULT_WEIGHT, 0)
