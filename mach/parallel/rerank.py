@@ -1,4 +1,4 @@
-"""Fit the second stage of a finished ensemble: shortlists of the training samples, then the weights, then how much they count."""
+"""Fit the second stage of a finished ensemble: shortlists of the training samples, the weights, and how much they count."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def rerank(
 ) -> Reranker:
     """Fit a re-ranker to the finished repetitions of a run folder, and store it there in place of an earlier one.
 
-    The samples that training held out, or the dev split, tell which cost is best and how much a margin counts beside a mean
-    logit; they are not fitted on. What was stopped goes on: finished parts of the shortlists are kept.
+    The samples that training held out, or the dev split, tell which cost is best and how much a margin and a label's prototype
+    count beside a mean logit; they are not fitted on. What was stopped goes on: finished parts of the shortlists are kept.
 
     Args:   settings, some of `rerank`, `rerank_cost` and `rerank_weight`, in place of the run's; device and workers as for
             `predict`; progress, bars on the terminal.

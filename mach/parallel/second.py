@@ -79,7 +79,7 @@ def n_weights(sizes: Sizes, samples: Samples) -> int:
     """Estimate how many weights are kept, those near zero left out.
 
     The features of a label's samples repeat, so different ones are fewer, as the root of all; and at most F. That was within 2.4
-    times on seven data sets at a cost of 0.2; at a cost of 1, or with prototypes, there are up to three times as many.
+    times on seven data sets at a cost of 0.2; at a cost of 1 and with prototypes there were two to eight times as many.
     Source: Heaps 1978, Information Retrieval, section 7.5 (different words of a text grow as a power of its length).
     """
     of_a_label = samples.n * sizes.labels_a_sample * samples.features / sizes.n_labels
