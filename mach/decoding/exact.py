@@ -86,7 +86,7 @@ def exact_topk(
     n_allowed = K if subset is None else len(subset)
     lists = no_lists(N) if exclude is None else check_exclude(exclude, N, K, subset, k)
     scan_ns, in_bytes = _scan_ns(table, N, n_allowed, k, estimator, costs)
-    if not N or not _may_pay(table, N, k, scan_ns, n_threads, costs):
+    if not N or not _may_pay(table, N, k, estimator, scan_ns, n_threads, costs):
         return _scan(scores_NRB, table, k, estimator, subset, lists, in_bytes, n_threads), Certificate(
             *np.zeros((3, N), np.int64)
         )
@@ -133,11 +133,15 @@ def _try_ns(table: LabelTable, k: int, costs: Costs) -> float:
     return costs.read * R * B + costs.open * R * depth + guess_ns
 
 
-def _may_pay(table: LabelTable, n_samples: int, k: int, scan_ns: float, n_threads: int, costs: Costs) -> bool:
+def _may_pay(
+    table: LabelTable, n_samples: int, k: int, estimator: Estimator, scan_ns: float, n_threads: int, costs: Costs
+) -> bool:  # fmt: skip
     """Tell whether searches can be quicker than scans, and their failures cost less than WASTE of the scans."""
     R, K, B, try_ns = table.n_repetitions, table.n_labels, table.n_buckets, _try_ns(table, k, costs)
+    if AGGREGATES[estimator] != SUM:
+        try_ns *= 3  # given up later, and at a cost that is less sure
     n_each = -(-n_samples // n_threads)
-    n_failures = n_each.bit_length()  # the tries of a batch where none succeeds: see `prune`
+    n_failures = (n_each.bit_length() + 1) // 2  # the tries of a batch where none succeeds: see `prune`
     if not table.has_inverse and costs.invert * R * K > n_samples * scan_ns:
         return False
     return try_ns + costs.touch * R * K / B < scan_ns and try_ns * n_failures <= WASTE * scan_ns * n_each

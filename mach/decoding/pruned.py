@@ -68,13 +68,13 @@ def prune(
 ) -> None:  # fmt: skip
     """Search the samples [first, stop); note of each the depth, or -1 where a scan is predicted to be quicker, and the counts.
 
-    Samples of a batch are alike: after one given up, or nearly as slow as a scan, 1, then 3, 7, ... are not searched.
+    Samples of a batch are alike: after one given up, or nearly as slow as a scan, 3, then 15, then 63 are not searched.
 
     Args: try_ns, what a search costs until its depth is planned; budget_ns, what a scan costs a sample.
     """
     n_failed = n_skipped = 0
     for n in range(first, stop):
-        if n_failed and n_skipped < (1 << min(n_failed, 6)) - 1:
+        if n_failed and n_skipped < (1 << min(2 * n_failed, 6)) - 1:
             n_skipped += 1
             numbers_N3[n, 0] = -1
             continue
