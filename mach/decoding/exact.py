@@ -136,7 +136,10 @@ def _try_ns(table: LabelTable, k: int, costs: Costs) -> float:
 def _may_pay(
     table: LabelTable, n_samples: int, k: int, estimator: Estimator, scan_ns: float, n_threads: int, costs: Costs
 ) -> bool:  # fmt: skip
-    """Tell whether searches can be quicker than scans, and their failures cost less than WASTE of the scans."""
+    """Tell whether searches can be quicker than scans, and their failures cost less than WASTE of the scans.
+
+    The k best labels lie in about k buckets of a repetition, which a search has to open at least.
+    """
     R, K, B, try_ns = table.n_repetitions, table.n_labels, table.n_buckets, _try_ns(table, k, costs)
     if AGGREGATES[estimator] != SUM:
         try_ns *= 3  # given up later, and at a cost that is less sure
@@ -144,7 +147,7 @@ def _may_pay(
     n_failures = (n_each.bit_length() + 1) // 2  # the tries of a batch where none succeeds: see `prune`
     if not table.has_inverse and costs.invert * R * K > n_samples * scan_ns:
         return False
-    return try_ns + costs.touch * R * K / B < scan_ns and try_ns * n_failures <= WASTE * scan_ns * n_each
+    return try_ns + costs.touch * R * k * K / B < scan_ns and try_ns * n_failures <= WASTE * scan_ns * n_each
 
 
 def _allowed(subset: Int64 | None, n_labels: int) -> npt.NDArray[np.uint8]:
