@@ -321,3 +321,25 @@ def test_an_optimizer_takes_the_steps_of_the_chunked_path(kind, monkeypatch):
         found.append((problem.stored, problem.bias, gradient))
     for fused, chunked in zip(*found, strict=True):
         torch.testing.assert_close(fused, chunked, rtol=1e-4, atol=1e-5)
+
+
+def test_gpus_without_float8_are_left_to_torch(monkeypatch):
+    bias, rule = torch.zeros(1, 4), rule_of()
+    monkeypatch.setattr("mach.heads.fused.is_interpreted", lambda: False)
+    for capability, knows in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        for storage in STORAGES:
+            weight = FakeWeight(storage)
+            assert can_fuse(weight, bias, rule) == (knows or storage != FLOAT8)
+
+
+class FakeWeight:
+    """What is asked of weights on a GPU that is not there."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, storage):
+        self.dtype = storage
+
+    def is_contiguous(self):
+        return True

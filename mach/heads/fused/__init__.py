@@ -36,14 +36,19 @@ def _has_triton() -> bool:
 def can_fuse(weight_RBD: Tensor, bias_RB: Tensor, rule: Rule) -> bool:
     """Tell whether the kernels can take this step.
 
-    There is Triton and a GPU, or Triton's interpreter; the rule is of a known kind; the weights are stored in a known type, the
-    bias in float32.
+    There is Triton and a GPU, or Triton's interpreter; the rule is of a known kind; the weights are stored in a type that both
+    know, the bias in float32.
     """
     if not _has_triton():
         return False
     fits = weight_RBD.dtype in STORAGES and bias_RB.dtype == torch.float32
-    there = weight_RBD.device.type == "cuda" or is_interpreted()
+    there = is_interpreted() or (weight_RBD.device.type == "cuda" and _knows(weight_RBD.device, weight_RBD.dtype))
     return there and fits and rule.kind in KINDS and weight_RBD.is_contiguous() and bias_RB.is_contiguous()
+
+
+def _knows(device: torch.device, storage: torch.dtype) -> bool:
+    """Tell whether a GPU has a type; Triton compiles nothing with e4m3 for those before Ada and Hopper."""
+    return storage != torch.float8_e4m3fn or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fused_step(
