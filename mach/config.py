@@ -18,7 +18,8 @@ from mach.errors import ConfigError, nearest
 TableKind = Literal["hashed", "identity"]
 Family = Literal["carter-wegman", "multiply-shift", "xxhash"]
 Loss = Literal["logistic", "softmax", "squared-hinge"]
-Precision = Literal["auto", "bfloat16", "float32"]
+Precision = Literal["auto", "bfloat16", "float32", "float8"]
+InputPrecision = Literal["auto", "bfloat16", "float32"]
 HeadPrecision = Literal["float32", "bfloat16", "float8"]
 HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
@@ -87,9 +88,13 @@ class Config:
     weight_decay: float = _setting(0.0, "decoupled weight decay of AdamW, a step", 0)
     warmup: float = _setting(0.05, "share of the steps over which the step size rises; after it falls as a cosine", 0, 1)
 
-    precision: Precision = _setting(AUTO, "of matrix products while training; auto: bfloat16 where the device multiplies it fast")
+    precision: Precision = _setting(
+        AUTO,
+        "of matrix products while training; auto: bfloat16 where the device multiplies it fast; float8: as auto, but of a head "
+        "that is kept in float8 the outputs are products of float8, too",
+    )
 
-    input_precision: Precision = _setting(
+    input_precision: InputPrecision = _setting(
         AUTO, "in which rows of the input layer are kept; below float32: rounded stochastically; auto: that of the products"
     )
 
@@ -147,6 +152,10 @@ class Config:
             raise ConfigError(
                 f"compensated={self.compensated:g} needs head_precision='bfloat16', got {self.head_storage()!r}: set that, or "
                 "compensated=0"
+            )
+        if self.precision == "float8" and self.head_storage() != "float8":
+            raise ConfigError(
+                f"precision='float8' needs head_precision='float8', got {self.head_storage()!r}: set that, or precision='auto'"
             )
         if self.head_batch_size > self.batch_size:
             raise ConfigError(

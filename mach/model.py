@@ -225,8 +225,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """Give the type of the products of training: for `auto`, bfloat16 where the device has instructions for it."""
-    if name != "auto":
+    """Give the type of the products of training: for `auto`, bfloat16 where the device has instructions for it.
+
+    For `float8` the same: that is the type of the head's outputs alone, and its own affair.
+    """
+    if name not in ("auto", "float8"):
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device) >= (8, 0)

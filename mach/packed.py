@@ -135,7 +135,9 @@ class Packed:
         self.mlp = MLP(parameters)
         self.bottleneck = Bottleneck(parameters["bottleneck.weight"]) if config.bottleneck else None
         chunk_bytes = config.head_memory << 20 or None
-        self.head = LinearHead(parameters["head.weight"], parameters["head.bias"], chunk_bytes=chunk_bytes)
+        self.head = LinearHead(
+            parameters["head.weight"], parameters["head.bias"], chunk_bytes=chunk_bytes, in_float8=config.precision == "float8"
+        )
 
     @classmethod
     def join(

@@ -116,6 +116,16 @@ def test_equal_settings_are_written_alike(number):
         ({"compensated": 1.5, "head_precision": "bfloat16"}, r"compensated=1\.5 must lie in \[0, 1\]"),
         ({"compensated": 0.5}, r"compensated=0\.5 needs head_precision='bfloat16', got 'float32': set that, or compensated=0"),
         ({"compensated": 0.5, "head_precision": "float8"}, r"compensated=0\.5 needs head_precision='bfloat16', got 'float8'"),
+        ({"precision": "fp8"}, r"precision='fp8' must be one of 'auto', 'bfloat16', 'float32', 'float8'"),
+        (
+            {"precision": "float8"},
+            r"precision='float8' needs head_precision='float8', got 'float32': set that, or precision='auto'",
+        ),
+        ({"precision": "float8", "table": "identity"}, r"precision='float8' needs head_precision='float8', got 'bfloat16'"),
+        (
+            {"input_precision": "float8", "head_precision": "float8"},
+            r"input_precision='float8' must be one of 'auto', 'bfloat16'",
+        ),
         ({"bottleneck": -1}, r"bottleneck=-1 must lie in \[0, inf\]"),
         ({"bottleneck": 2.5}, r"bottleneck=2\.5 must be int"),
         ({"head_batch_size": -1}, r"head_batch_size=-1 must lie in \[0, inf\]"),

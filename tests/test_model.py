@@ -304,7 +304,7 @@ def test_the_type_of_the_products(monkeypatch):
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", bool)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        assert resolve_precision("auto", CPU) == dtype
+        assert resolve_precision("auto", CPU) == resolve_precision("float8", CPU) == dtype
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert resolve_precision("auto", CPU) == torch.float32  # an older torch cannot tell

@@ -7,8 +7,10 @@ chunk's weights. Nothing of size N B or B D is kept beyond its chunk, so the ful
 
 The three products of a step may run in bfloat16. From float32 weights, by a copy that is kept beside them, or made chunk by
 chunk where it were large; weights stored in bfloat16 serve as they are, those in float8 are widened chunk by chunk
-(`mach.heads.rounding`), and there is no other copy. Sums are taken in float32 inside a product, the bias, the gradient of the
-hidden vectors and the optimiser are float32 whatever the storage, and what is asked of a trained head is computed in float32 too.
+(`mach.heads.rounding`), and there is no other copy. Outputs of these may come of hidden vectors rounded to float8 too
+(`mach.heads.scaled`): products of float8 where the fused step runs, of the same numbers widened elsewhere. Sums are taken in
+float32 inside a product, the bias, the gradient of the hidden vectors and the optimiser are float32 whatever the storage, and
+what is asked of a trained head is computed in float32 too.
 Source: Micikevicius et al. 2018, arXiv:1710.03740 (master weights); Kalamkar et al. 2019, arXiv:1905.12322 (bfloat16).
 """
 
@@ -27,6 +29,7 @@ from mach.heads.fused import can_fuse, fused_step
 from mach.heads.positives import Positives
 from mach.heads.rounding import NARROW, widen
 from mach.heads.rules import Ruled
+from mach.heads.scaled import scaled
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # that a step takes for one chunk of buckets
 COPY_BYTES = 256 << 20  # of a copy of the weights that is kept, at most
@@ -54,11 +57,11 @@ class LinearHead:
     """R heads of B outputs over D hidden units: weight (R, B, D), bias (R, B).
 
     `step` multiplies in the type of the hidden vectors it is given. `chunk_bytes` bounds what it takes beside weights, hidden
-    vectors and their gradients.
+    vectors and their gradients. With `in_float8`, for weights stored in it, it makes outputs of hidden vectors rounded to float8.
     """
 
-    def __init__(self, weight_RBD: Tensor, bias_RB: Tensor, *, chunk_bytes: int | None = None):
-        self.weight, self.bias = weight_RBD, bias_RB
+    def __init__(self, weight_RBD: Tensor, bias_RB: Tensor, *, chunk_bytes: int | None = None, in_float8: bool = False):
+        self.weight, self.bias, self.in_float8 = weight_RBD, bias_RB, in_float8
         self.chunk_bytes = chunk_bytes or CHUNK_BYTES[weight_RBD.device.type]
         self._low: Tensor | None = None  # the weights in the type of the products, where that is another
         self._rooms: dict[str, Tensor] = {}  # memory of a chunk, kept: handing it back and forth costs more than its use
@@ -106,12 +109,13 @@ class LinearHead:
                  for the hinge), if wanted.
         """
         R, N, D = hidden_RND.shape
+        narrow = scaled(hidden_RND) if self.in_float8 else None
         is_whole = loss != "softmax" or join_log_total is None
         if isinstance(update, Ruled) and update.state is not None and is_whole and can_fuse(self.weight, self.bias, update.rule):
             self._low, chunk_bytes = None, min(self.chunk_bytes, FUSED_BYTES)
             grad_hidden, grad_bias, value = fused_step(
                 hidden_RND, self.weight, self.bias, positives,
-                loss=loss, rule=update.rule, state=update.state, want_loss=want_loss, chunk_bytes=chunk_bytes,
+                loss=loss, rule=update.rule, state=update.state, want_loss=want_loss, chunk_bytes=chunk_bytes, narrow=narrow,
             )  # fmt: skip
             if tell_gradient is not None:
                 tell_gradient(grad_hidden)
@@ -119,7 +123,8 @@ class LinearHead:
             return grad_hidden, value
         self._renew_low(hidden_RND.dtype)
         chunks = list(self._chunks(N, hidden_RND.dtype))
-        log_total = self._log_total(hidden_RND, chunks) if loss == "softmax" else None
+        seen = hidden_RND if narrow is None else narrow.widened(hidden_RND.dtype)  # by the outputs alone
+        log_total = self._log_total(seen, chunks) if loss == "softmax" else None
         if log_total is not None and join_log_total is not None:
             log_total = join_log_total(log_total)
         n_late, late = 0 if tell_gradient is None else min(LATE_CHUNKS, len(chunks)), []
@@ -134,7 +139,7 @@ class LinearHead:
 
         for i, chunk in enumerate(chunks):
             weight = self._widened(chunk, hidden_RND.dtype)
-            z = self._outputs(hidden_RND, weight, chunk, f"outputs {max(0, n_late - len(chunks) + i)}")
+            z = self._outputs(seen, weight, chunk, f"outputs {max(0, n_late - len(chunks) + i)}")
             value = self._gradient_in_place(z, positives, chunk, loss, want_loss, log_total)
             total += 0 if value is None else value
             lap("head forward")

@@ -62,6 +62,8 @@ def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) ->
     budget, types = config.head_memory << 20 or linear.CHUNK_BYTES[device.type], _types(config, products)
     samples = config.head_batch_size or N
     chunk = min(budget, n * B * linear.bucket_bytes(samples, width, n_weights=n * B * width, **types))
+    if config.precision == "float8":
+        hidden += n * samples * width * (1 + products.itemsize)  # rounded, and widened again
     drawn = 8 * min(DRAWN, B * width) if types["storage"] in NARROW else 0  # in float32, to be rounded
     by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
     return hidden + max(chunk + by_torch, drawn)

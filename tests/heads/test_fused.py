@@ -6,7 +6,12 @@ milliseconds: blocks are small here, problems of several blocks each way, with r
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_heads import LOSSES, positives_of, reference
 
+import mach
 from mach.heads import LinearHead, Positives
 from mach.heads.fused import can_fuse, fused_step
 from mach.heads.rules import BETAS, EPSILON, Rule, Ruled, State
+from mach.heads.scaled import Scaled, scaled
 
 triton = pytest.importorskip("triton", reason="no Triton here: pip install 'mach[gpu]'")
 tl = pytest.importorskip("triton.language")
@@ -45,9 +52,10 @@ class Problem:
     stored: torch.Tensor
     bias: torch.Tensor
     is_positive: np.ndarray
+    narrow: Scaled | None = None  # of which outputs are products of float8
 
     @classmethod
-    def of(cls, R, N, B, D, storage, *, seed=0, share=0.02, low=None):
+    def of(cls, R, N, B, D, storage, *, seed=0, share=0.02, low=None, in_float8=False):
         rng = np.random.default_rng(seed)
         hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)).float() for s in ((R, N, D), (R, B, D), (R, B)))
         low = storage != torch.float32 if low is None else low
@@ -56,7 +64,8 @@ class Problem:
         hidden = hidden.bfloat16() if low else hidden
         if low and storage == torch.float32:
             stored = stored.bfloat16().float()  # what its products are taken of
-        return cls(*(x.to(DEVICE) for x in (hidden, stored, bias)), rng.random((R, N, B)) < share)
+        hidden, stored, bias = (x.to(DEVICE) for x in (hidden, stored, bias))
+        return cls(hidden, stored, bias, rng.random((R, N, B)) < share, scaled(hidden) if in_float8 else None)
 
     def weight(self):
         return widened(self.stored)
@@ -64,7 +73,8 @@ class Problem:
     def truth(self, loss):
         """Give losses and gradients of hidden vectors, weights and biases."""
         where = (x.double().cpu() for x in (self.hidden, self.weight(), self.bias))
-        return reference(*where, self.is_positive, loss)
+        seen = None if self.narrow is None else self.narrow.widened(torch.float64).cpu()
+        return reference(*where, self.is_positive, loss, seen)
 
     def positives(self):
         found = positives_of(self.is_positive)
@@ -73,7 +83,7 @@ class Problem:
     def step(self, loss, *, rule, state=None, blocks=SMALL, chunk_bytes=1 << 20, want_loss=True):
         return triton_step.step(
             self.hidden, self.stored, self.bias, self.positives(), loss=loss, rule=rule, state=state or State(),
-            want_loss=want_loss, chunk_bytes=chunk_bytes, blocks=blocks,
+            want_loss=want_loss, chunk_bytes=chunk_bytes, blocks=blocks, narrow=self.narrow,
         )  # fmt: skip
 
 
@@ -148,13 +158,25 @@ def test_blocks_of_their_own_sizes_and_bfloat16_products_of_float32_weights(loss
     check_gradients(Problem.of(1, 20, 140, 70, torch.float32, low=True), loss, None)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("R", "blocks"), [(1, WIDE), (2, SMALL), (1, None)])
+def test_outputs_in_float8_are_of_the_rounded_hidden_vectors_and_gradients_of_the_others(loss, R, blocks):
+    """Samples of very different sizes, so that each needs its own scale."""
+    problem = Problem.of(R, 18, 70, 33, FLOAT8)
+    problem.hidden *= 2.0 ** torch.arange(-9, 9, device=DEVICE)[:, None] / 2**6
+    problem.hidden[0, 3] = 0
+    problem.narrow = scaled(problem.hidden)
+    check_gradients(problem, loss, blocks, chunk_bytes=2 * 64 * 2 * R * 32)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     st.tuples(*(st.integers(1, high) for high in (2, 33, 50, 40))), st.sampled_from(STORAGES), st.sampled_from(LOSSES),
-    st.sampled_from([SMALL, WIDE]), st.sampled_from([0.0, 0.03, 0.3]), st.integers(1, 1 << 15),
+    st.sampled_from([SMALL, WIDE]), st.sampled_from([0.0, 0.03, 0.3]), st.integers(1, 1 << 15), st.booleans(),
 )  # fmt: skip
-def test_any_sizes(sizes, storage, loss, blocks, share, chunk_bytes):
-    check_gradients(Problem.of(*sizes, storage, seed=sum(sizes), share=share), loss, blocks, chunk_bytes)
+def test_any_sizes(sizes, storage, loss, blocks, share, chunk_bytes, in_float8):
+    in_float8 = in_float8 and storage == FLOAT8
+    check_gradients(Problem.of(*sizes, storage, seed=sum(sizes), share=share, in_float8=in_float8), loss, blocks, chunk_bytes)
 
 
 def test_a_positive_surely_found_keeps_its_small_gradient():
@@ -323,6 +345,32 @@ def test_an_optimizer_takes_the_steps_of_the_chunked_path(kind, monkeypatch):
         torch.testing.assert_close(fused, chunked, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "rowwise-adagrad", "rowwise-adam"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_outputs_in_float8_are_those_of_the_chunked_path(loss, kind, monkeypatch):
+    """That multiplies in float32 here, the kernels round the outputs' gradients to bfloat16: few weights round otherwise."""
+    found = []
+    for fuses, in_float8 in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr("mach.heads.linear.can_fuse", can_fuse if fuses else lambda *_: False)
+        problem = Problem.of(2, 6, 40, 16, FLOAT8, share=0.2)
+        parameters = {"head.weight": problem.stored, "head.bias": problem.bias, "input.weight": torch.zeros(1, 2, 1)}
+        rule = rule_of(kind=kind, rate=0.0, weight_decay=0.0, repetitions=(0, 1))
+        optimizer = Optimizer(parameters, weight_decay=0.0, row_wise="input.weight", head=rule)
+        optimizer.begin_step(rate=9.9, row_rate=9.9, head_rate=2.0**-8, head_steps=0)
+        head = LinearHead(problem.stored, problem.bias, in_float8=in_float8, chunk_bytes=12_000)
+        gradient, value = head.step(
+            problem.hidden.float(), problem.positives(), loss=loss, update=optimizer.begin_head(optimizer.update), want_loss=True
+        )
+        found.append((problem.weight(), gradient, value))
+    (fused, *of_fused), (chunked, *of_chunked), (_, *of_others) = found
+    assert bool(((fused - chunked).abs() <= (chunked.abs() / 8).clamp(min=2.0**-14)).all())
+    assert float((fused != chunked).double().mean()) < 0.02
+    for ours, theirs, others, allowed in zip(of_fused, of_chunked, of_others, (4e-3, 2e-6), strict=True):
+        apart = allowed * float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=apart)
+        assert float((ours - others).abs().max()) > 2 * apart
+
+
 def test_gpus_without_float8_are_left_to_torch(monkeypatch):
     bias, rule = torch.zeros(1, 4), rule_of()
     monkeypatch.setattr("mach.heads.fused.is_interpreted", lambda: False)
@@ -331,6 +379,41 @@ def test_gpus_without_float8_are_left_to_torch(monkeypatch):
         for storage in STORAGES:
             weight = FakeWeight(storage)
             assert can_fuse(weight, bias, rule) == (knows or storage != FLOAT8)
+
+
+COMPILED = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mach.heads.fused import triton_kernels as kernels
+
+kernel = kernels.output_gradients
+pointers = {"hidden": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*bf16"}
+pointers |= dict.fromkeys(("scales", "bias", "at_positives", "log_total", "share", "losses"), "*fp32")
+pointers |= dict.fromkeys(("buckets", "samples_of", "offsets"), "*i32")
+constants = dict(LOSS=0, WANT_LOSS=False, STORAGE=2, EVEN=True, C=128, N=128, D=128, P=32)
+signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in (*pointers, "width", "wide")}
+source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+options = dict(num_warps=8, num_stages=3)
+print(triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "instruction", "n_sums"),
+    [(89, r"mma\.sync.*\.f32\.e4m3\.e4m3\.f32", 64), (90, r"wgmma.*\.f32\.e4m3\.e4m3", 2 * 64)],
+)
+def test_outputs_in_float8_are_made_by_the_gpus_own_products_of_float8(capability, instruction, n_sums, tmp_path):
+    """Compiled for a GPU that need not be there. Each of a thread's 64 sums gets its bias; on Hopper a slice's sum before."""
+    (tmp_path / "compiled.py").write_text(COMPILED, encoding="utf-8")  # Triton reads the source of what it compiles
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"PYTHONPATH": str(Path(mach.__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "compiled.py"), str(capability)]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(instruction, made) and len(re.findall(r"add\.[a-z.]*f32", made)) >= n_sums
 
 
 class FakeWeight:

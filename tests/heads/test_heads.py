@@ -45,15 +45,21 @@ def loss_reference(z_NB, is_positive_NB, loss):
     return -(shares * torch.log_softmax(z_NB, 1)).sum() / len(z_NB)
 
 
-def reference(hidden, weight, bias, is_positive, loss):
-    """Give by autograd the losses (R,) and the gradients of hidden, weight and bias, with dense float64 targets."""
+def reference(hidden, weight, bias, is_positive, loss, seen=None):
+    """Give by autograd the losses (R,) and the gradients of hidden, weight and bias, with dense float64 targets.
+
+    Of outputs at the hidden vectors `seen`, if given: the gradient goes straight through what makes these.
+    """
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    values = [loss_reference(h @ w.T + b, y, loss) for h, w, b, y in zip(*leaves, torch.from_numpy(is_positive), strict=True)]
+    outputs = [h @ w.T + b for h, w, b in zip(*leaves, strict=True)]
+    if seen is not None:
+        outputs = [z + (s @ w.T + b - z).detach() for z, s, w, b in zip(outputs, seen, weight, bias, strict=True)]
+    values = [loss_reference(z, y, loss) for z, y in zip(outputs, torch.from_numpy(is_positive), strict=True)]
     torch.stack(values).sum().backward()
     return torch.stack(values).detach(), *(x.grad for x in leaves)
 
 
-def step(hidden, weight, bias, positives, loss, *, chunk_bytes, want_loss=True):
+def step(hidden, weight, bias, positives, loss, *, want_loss=True, **settings):
     """Take the head's step; give what `reference` gives, each bucket's gradients put together from the chunks."""
     found = {name: torch.full(x.shape, math.nan, dtype=bias.dtype) for name, x in (("head.weight", weight), ("head.bias", bias))}
     seen = []
@@ -63,7 +69,7 @@ def step(hidden, weight, bias, positives, loss, *, chunk_bytes, want_loss=True):
         seen.append((name, buckets))
         {"head.weight": weight, "head.bias": bias}[name][:, buckets] = 1e30  # what comes after must not look at old chunks
 
-    head = LinearHead(weight, bias, chunk_bytes=chunk_bytes)
+    head = LinearHead(weight, bias, **settings)
     grad_hidden, value = head.step(hidden, positives, loss=loss, update=update, want_loss=want_loss)
     for name in found:
         visited = [b for n, buckets in seen if n == name for b in range(buckets.start, buckets.stop)]

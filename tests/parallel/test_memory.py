@@ -13,7 +13,7 @@ from mach.config import Config
 from mach.errors import ModelError
 from mach.inspect.history import histories
 from mach.inspect.show import show
-from mach.model import Sizes
+from mach.model import Sizes, resolve_precision
 from mach.parallel import memory, runners, train
 from mach.parallel.memory import free_memory, group_bytes, group_size, is_out_of_memory
 from mach.store import Run
@@ -58,6 +58,10 @@ def test_the_settings_of_the_head_are_counted_by_hand():
     hidden, chunk = 3 * 10 * (32 * 16 + 8 * 12), 3 * 64 * (4 * (2 + 12) + 2 * 8 * 2)
     comes_and_goes = encoder + head + hidden + chunk + (2 << 20)
     assert group_bytes(config, SIZES, 3, device=CPU) == memory.PROCESS_BYTES + stays + comes_and_goes
+    in_float8 = config.replace(precision="float8")  # their products are of what the device multiplies fast
+    size = resolve_precision("float8", CPU).itemsize
+    plain = group_bytes(config.replace(precision="bfloat16" if size == 2 else "float32"), SIZES, 3, device=CPU)
+    assert group_bytes(in_float8, SIZES, 3, device=CPU) == plain + 3 * 4 * 8 * (1 + size)
     many = Sizes(n_features=1000, n_labels=10**6, n_buckets=10**6, features="sparse", labels_a_sample=1.0)
     full = config.replace(table="identity", head_precision="bfloat16", head_batch_size=0)
     of_memory = [group_bytes(full.replace(head_memory=MiB), many, 1, device=CPU) for MiB in (0, 64, 128)]

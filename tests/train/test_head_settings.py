@@ -37,6 +37,8 @@ CASES = [
     {"head_precision": "float8", "head_optimizer": "sgd", "head_learning_rate": 1, "head_batch_size": 16},
     {"head_precision": "bfloat16", "table": "identity", "head_memory": 1},
     {"head_precision": "float8", "head_optimizer": "rowwise-adagrad", "precision": "bfloat16", "patience": 3},
+    {"head_precision": "float8", "precision": "float8", "head_batch_size": 7},
+    {"head_precision": "float8", "precision": "float8", "table": "identity", "bottleneck": 6, "loss": "softmax"},
 ]
 
 
@@ -45,12 +47,17 @@ def group_of(config, dataset):
     return Group(config, dataset, sizes, table_of(config, sizes, range(config.n_repetitions()), dataset.label_names), CPU)
 
 
+@pytest.mark.parametrize("products", ["auto", "float8"])
 @pytest.mark.parametrize(("kind", "precision"), list(product(SOLVING, ["float32", "bfloat16", "float8"])))
-def test_the_planted_problem_is_solved_by_every_rule_in_every_storage(tiny, kind, precision):
+def test_the_planted_problem_is_solved_by_every_rule_in_every_storage(tiny, kind, precision, products):
+    if products == "float8" != precision:
+        pytest.skip("outputs in float8 are for weights in float8")
     config = CONFIG.replace(
-        table="identity", head_optimizer=kind, head_learning_rate=SOLVING[kind], head_precision=precision, bottleneck=24
-    )
+        table="identity", head_optimizer=kind, head_learning_rate=SOLVING[kind], head_precision=precision, bottleneck=24,
+        precision=products,
+    )  # fmt: skip
     group = group_of(config, tiny)
+    assert group.packed.head.in_float8 == (products == "float8")
     for _ in group.steps(lambda r: None):
         pass
     test = tiny.split("test")

@@ -81,6 +81,13 @@ def test_ranks_give_the_weights_of_one_process(ranks, tiny, loss, size):
         {"batch_size": 199},  # the last batch: one sample
         {"bottleneck": 5, "head_optimizer": "sgd", "head_learning_rate": 1.0},
         {"head_batch_size": 8, "loss": "softmax", "head_optimizer": "rowwise-adam"},
+        {
+            "precision": "float8",
+            "head_precision": "float8",
+            "head_optimizer": "sgd",
+            "head_learning_rate": 1.0,
+            "loss": "softmax",
+        },
         {"bottleneck": 3, "head_batch_size": 16, "head_optimizer": "rowwise-adagrad", "layers": 1},
     ],
     ids=str,

@@ -15,6 +15,7 @@ from mach.heads.rules import Rule, State
 
 if TYPE_CHECKING:
     from mach.heads.positives import Positives
+    from mach.heads.scaled import Scaled
 
 __all__ = ["can_fuse", "fused_step"]
 
@@ -53,14 +54,15 @@ def _knows(device: torch.device, storage: torch.dtype) -> bool:
 
 def fused_step(
     hidden_RND: Tensor, weight_RBD: Tensor, bias_RB: Tensor, positives: Positives, *, loss: Loss, rule: Rule, state: State,
-    want_loss: bool, chunk_bytes: int = CHUNK_BYTES,
+    want_loss: bool, chunk_bytes: int = CHUNK_BYTES, narrow: Scaled | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Update the weights on one batch, in place; give the gradients of hidden vectors and biases, and the loss if wanted.
 
     Neither outputs nor the weights' gradient reach memory; of the outputs' gradient a chunk does, in the type of the products:
     bfloat16 if the hidden vectors or the weights are, or the weights are float8; else float32, without TF32.
 
-    Args:    as `LinearHead.step`; chunk_bytes, what a chunk may take: one tile of 128 outputs at least. `can_fuse` holds.
+    Args:    as `LinearHead.step`; chunk_bytes, what a chunk may take: one tile of 128 outputs at least; narrow, the hidden
+             vectors of which outputs are made, by products of float8, for weights stored in it. `can_fuse` holds.
     Returns: gradient of the mean loss (R, N, D), float32; that of the biases (R, B), whose update is the caller's; the loss of
              each repetition (R,), float32, summed over outputs and averaged over samples.
     """
@@ -68,5 +70,5 @@ def fused_step(
 
     return triton_step.step(
         hidden_RND, weight_RBD, bias_RB, positives,
-        loss=loss, rule=rule, state=state, want_loss=want_loss, chunk_bytes=chunk_bytes,
+        loss=loss, rule=rule, state=state, want_loss=want_loss, chunk_bytes=chunk_bytes, narrow=narrow,
     )  # fmt: skip

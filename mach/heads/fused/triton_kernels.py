@@ -42,9 +42,15 @@ def mixed(x):
 
 @triton.jit
 def product_of(a, b, total):
-    """Add a product of bfloat16 or of float32 numbers, without TF32, to sums in float32."""
+    """Add a product of bfloat16, of float8 or of float32 numbers, without TF32, to sums in float32.
+
+    Hopper adds up products of float8 in some 14 bits for as long as it may: here within a slice of 128 hidden units at most,
+    whose sum is added in float32. Source: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2.
+    """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    if a.dtype == tl.float8e4nv:
+        return tl.dot(a, b, total, max_num_imprecise_acc=a.shape[1])
     return tl.dot(a, b, total, input_precision="ieee")
 
 
@@ -100,10 +106,10 @@ def weights_of(places_CD, columns_D, width, EVEN: tl.constexpr):
 
 @triton.jit
 def outputs_of(
-    hidden, weight, bias, rows_C, samples_N, r, n_outputs, width, padded, wide,
+    hidden, scales, weight, bias, rows_C, samples_N, r, n_outputs, width, padded, wide,
     STORAGE: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Give the outputs of a tile, float32 (C, N); rows are existing ones."""
+    """Give the outputs of a tile, float32 (C, N); rows are existing ones. Hidden vectors in float8 are in units of `scales`."""
     columns = tl.arange(0, D)
     places = weight + (r * n_outputs + rows_C).to(tl.int64)[:, None] * width + columns[None, :]
     hiddens = hidden + (r * padded + samples_N)[None, :] * wide + columns[:, None]
@@ -114,12 +120,14 @@ def outputs_of(
         z = product_of(nearest_of(w, h.dtype), h, z)
     if STORAGE == FLOAT8:
         z *= 0.03125
+    if hidden.dtype.element_ty == tl.float8e4nv:
+        z *= tl.load(scales + r * padded + samples_N)[None, :]
     return z + tl.load(bias + r * n_outputs + rows_C)[:, None]
 
 
 @triton.jit
 def log_totals(
-    hidden, weight, bias, out, n_outputs, width, padded, wide, n_tiles, n_blocks,
+    hidden, scales, weight, bias, out, n_outputs, width, padded, wide, n_tiles, n_blocks,
     STORAGE: tl.constexpr, EVEN: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Write the log-sum-exp over every S-th tile: out (S, R, padded). Program (stripe S and block of samples, repetition)."""
@@ -131,7 +139,7 @@ def log_totals(
     for tile in range(stripe, n_tiles, n_stripes):
         rows = tile * C + tl.arange(0, C)
         inside = tl.minimum(rows, n_outputs - 1)
-        z = outputs_of(hidden, weight, bias, inside, samples, r, n_outputs, width, padded, wide, STORAGE, EVEN, C, N, D)
+        z = outputs_of(hidden, scales, weight, bias, inside, samples, r, n_outputs, width, padded, wide, STORAGE, EVEN, C, N, D)
         z = tl.where((rows < n_outputs)[:, None], z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[None, :]), 0)
@@ -168,7 +176,7 @@ def loss_of(z, sign, LOSS: tl.constexpr):
 
 @triton.jit(do_not_specialize=CHANGING)
 def positive_gradients(
-    hidden, weight, bias, buckets, samples_of, repetitions_of, log_total, share, out, losses,
+    hidden, scales, weight, bias, buckets, samples_of, repetitions_of, log_total, share, out, losses,
     n_positives, n_outputs, width, padded, wide,
     LOSS: tl.constexpr, WANT_LOSS: tl.constexpr, STORAGE: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -186,6 +194,8 @@ def positive_gradients(
     z = tl.sum(total, 1)
     if STORAGE == FLOAT8:
         z *= 0.03125
+    if hidden.dtype.element_ty == tl.float8e4nv:
+        z *= tl.load(scales + sample)
     z += tl.load(bias + output)
     if LOSS == SOFTMAX:
         below, part = z - tl.load(log_total + sample), tl.load(share + sample)
@@ -201,7 +211,7 @@ def positive_gradients(
 
 @triton.jit(do_not_specialize=CHANGING)
 def output_gradients(
-    hidden, weight, bias, buckets, samples_of, at_positives, offsets, log_total, share, out, losses,
+    hidden, scales, weight, bias, buckets, samples_of, at_positives, offsets, log_total, share, out, losses,
     first_tile, n_outputs, n_samples, width, padded, wide, n_tiles, n_blocks, n_held,
     LOSS: tl.constexpr, WANT_LOSS: tl.constexpr, STORAGE: tl.constexpr, EVEN: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
@@ -217,7 +227,7 @@ def output_gradients(
     lanes, samples = tl.arange(0, C), block * N + tl.arange(0, N)
     rows = (first_tile + tile) * C + lanes
     inside = tl.minimum(rows, n_outputs - 1)
-    z = outputs_of(hidden, weight, bias, inside, samples, r, n_outputs, width, padded, wide, STORAGE, EVEN, C, N, D)
+    z = outputs_of(hidden, scales, weight, bias, inside, samples, r, n_outputs, width, padded, wide, STORAGE, EVEN, C, N, D)
     exists = (rows < n_outputs)[:, None] & (samples < n_samples)[None, :]
     if LOSS == SOFTMAX:
         g = tl.exp(z - tl.load(log_total + r * padded + samples)[None, :])

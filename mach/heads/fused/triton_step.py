@@ -6,7 +6,7 @@ Axes: R repetitions, N samples, B outputs, D hidden width, T tiles of outputs, S
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -17,6 +17,7 @@ from mach.heads.fused import triton_kernels as kernels
 from mach.heads.positives import Positives
 from mach.heads.rounding import signed, step_key
 from mach.heads.rules import BETAS, EPSILON, Rule, State
+from mach.heads.scaled import Scaled
 
 LOSSES = {"logistic": 0, "squared-hinge": 1, "softmax": 2}  # as in triton_kernels
 DENSE_STEP, MOMENTS, ROWS = range(3)
@@ -40,6 +41,8 @@ class Blocks:
 # of 16 KiB, two programs share a multiprocessor of 64 Ki registers and 227 KiB. The update keeps two sums (weights, hidden units)
 # and the weights: half as many rows, or registers would spill.
 LOW = Blocks(samples=128, outputs=(128, 64), hidden=(64, 128), update=(64, 128), n_warps=8, n_stages=3)
+# A slice of outputs in float8 takes the same bytes at twice the width.
+EIGHTH = replace(LOW, outputs=(128, 128))
 # Products in float32 use no tensor cores: sums of 64 x 64, twice the bytes a number.
 FULL = Blocks(samples=64, outputs=(64, 32), hidden=(32, 64), update=(64, 64), n_warps=4, n_stages=2)
 
@@ -47,10 +50,11 @@ FULL = Blocks(samples=64, outputs=(64, 32), hidden=(32, 64), update=(64, 64), n_
 def step(
     hidden_RND: Tensor, weight_RBD: Tensor, bias_RB: Tensor, positives: Positives,
     *, loss: Loss, rule: Rule, state: State, want_loss: bool, chunk_bytes: int, blocks: Blocks | None = None,
+    narrow: Scaled | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Take the step; see `mach.heads.fused.fused_step`."""
     with torch.cuda.device_of(weight_RBD):  # type: ignore[no-untyped-call]  # torch has none
-        made = _Step(hidden_RND, weight_RBD, bias_RB, positives, loss, blocks)
+        made = _Step(hidden_RND, weight_RBD, bias_RB, positives, loss, blocks, narrow)
         return made.run(rule, state, want_loss, chunk_bytes)
 
 
@@ -58,18 +62,25 @@ class _Step:
     """One batch, ready for the kernels."""
 
     def __init__(
-        self, hidden_RND: Tensor, weight_RBD: Tensor, bias_RB: Tensor, positives: Positives, loss: Loss, blocks: Blocks | None
-    ):
+        self, hidden_RND: Tensor, weight_RBD: Tensor, bias_RB: Tensor, positives: Positives, loss: Loss, blocks: Blocks | None,
+        narrow: Scaled | None,
+    ):  # fmt: skip
         self.shape = weight_RBD.shape
         _, B, D = self.shape
         self.n_samples = hidden_RND.shape[1]
         is_full = hidden_RND.dtype == weight_RBD.dtype == torch.float32
-        self.blocks = blocks or (FULL if is_full else LOW)
+        self.blocks = blocks or (FULL if is_full else LOW if narrow is None else EIGHTH)
         self.N = _power(self.n_samples, self.blocks.samples)
         self.widths = [_power(D, d) for _, d in (self.blocks.outputs, self.blocks.hidden, self.blocks.update)]
+        if narrow is not None:
+            self.widths[0] = max(32, self.widths[0])  # the least that a product of float8 takes
         self.padded, self.wide = _whole(self.n_samples, self.N), _whole(D, max(self.widths))
         self.hidden = _padded(hidden_RND, self.padded, self.wide, torch.float32 if is_full else torch.bfloat16)
         self.weight, self.bias, self.loss = weight_RBD, bias_RB, loss
+        self.seen, self.scales = self.hidden, self.bias  # of the outputs; the latter where it is not read
+        if narrow is not None:
+            self.seen = _padded(narrow.values, self.padded, self.wide, narrow.values.dtype)
+            self.scales = torch.nn.functional.pad(narrow.scales.float(), (0, self.padded - self.n_samples))
         self.n_blocks, self.n_tiles = self.padded // self.N, -(-B // self.blocks.outputs[0])
         self.n_programs = _n_programs(weight_RBD.device)
         self.options = {"num_warps": self.blocks.n_warps if self.N >= 64 else 4, "num_stages": self.blocks.n_stages}
@@ -118,7 +129,7 @@ class _Step:
         n_stripes = max(1, min(self.n_tiles, self.n_programs // (self.n_blocks * R)))
         out = self.bias.new_empty(n_stripes, R, self.padded)
         kernels.log_totals[(n_stripes * self.n_blocks, R)](
-            self.hidden, self.weight, self.bias, out, B, D, self.padded, self.wide, self.n_tiles, self.n_blocks,
+            self.seen, self.scales, self.weight, self.bias, out, B, D, self.padded, self.wide, self.n_tiles, self.n_blocks,
             STORAGE=STORED[self.weight.dtype], EVEN=D % self.widths[0] == 0, C=C, N=self.N, D=self.widths[0], **self.options,
         )  # fmt: skip
         return torch.logsumexp(out, 0)
@@ -129,8 +140,8 @@ class _Step:
         out, losses = self.bias.new_empty(2, n)
         if n:
             kernels.positive_gradients[(-(-n // POSITIVES[0]),)](
-                self.hidden, self.weight, self.bias, self.buckets, self.samples, self.repetitions, log_total, self.share,
-                out, losses, n, B, D, self.padded, self.wide,
+                self.seen, self.scales, self.weight, self.bias, self.buckets, self.samples, self.repetitions, log_total,
+                self.share, out, losses, n, B, D, self.padded, self.wide,
                 LOSS=LOSSES[self.loss], WANT_LOSS=want_loss, STORAGE=STORED[self.weight.dtype],
                 P=POSITIVES[0], D=_power(D, 128), num_warps=4,
             )  # fmt: skip
@@ -142,8 +153,8 @@ class _Step:
         R, B, D = self.shape
         C, _ = self.blocks.outputs
         kernels.output_gradients[(n * self.n_blocks, R)](
-            self.hidden, self.weight, self.bias, self.buckets, self.samples, at_positives, self.offsets, log_total, self.share,
-            self.gradients, losses,
+            self.seen, self.scales, self.weight, self.bias, self.buckets, self.samples, at_positives, self.offsets, log_total,
+            self.share, self.gradients, losses,
             first, B, self.n_samples, D, self.padded, self.wide, self.n_tiles, self.n_blocks, self.gradients.shape[1],
             LOSS=LOSSES[self.loss], WANT_LOSS=want_loss, STORAGE=STORED[self.weight.dtype],
             EVEN=D % self.widths[0] == 0, C=C, N=self.N, D=self.widths[0], P=POSITIVES[1], **self.options,
