@@ -45,6 +45,7 @@ ROWS: dict[str, dict[str, object]] = {
     "sgd, float32": {"head_optimizer": "sgd", **WIDE},
     **{f"{kind}, bfloat16": {"head_optimizer": kind, **HALF} for kind in RULES},
     **{f"{kind}, float8": {"head_optimizer": kind, **EIGHTH} for kind in RULES},
+    "rowwise-adam, float8, products in float8": {"head_optimizer": "rowwise-adam", **EIGHTH, "precision": "float8"},
     "adamw, bfloat16, bottleneck 64": {**HALF, "bottleneck": 64},
     "rowwise-adam, bfloat16, bottleneck 64": {"head_optimizer": "rowwise-adam", **HALF, "bottleneck": 64},
 }

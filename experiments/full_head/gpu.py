@@ -2,9 +2,10 @@
 
     python experiments/full_head/gpu.py [--quick] [--minutes 7]
 
-Checks the kernels on the device against float64 first. Then measures what the device can (products, a copy of memory) and times a
-step of each head: its floor is the larger of three products at that rate and of the weights read twice and written once. Last,
-the kernels' shares of a step, and other sizes of their blocks. Plain gradient descent, so that only weights are in memory.
+Checks the kernels on the device against float64 first, and outputs in float8 against the chunked path. Then measures what the
+device can (products, a copy of memory) and times a step of each head: its floor is the larger of three products at that rate and
+of the weights read twice and written once. Last, the kernels' shares of a step, and other sizes of their blocks. Plain gradient
+descent, so that only weights are in memory.
 `--quick` tries the script on a CPU, in Triton's interpreter, with tiny sizes. Prints Markdown for RESULTS.md.
 """
 
@@ -32,6 +33,7 @@ from torch import Tensor
 from mach.heads import LinearHead, Positives
 from mach.heads.fused import CHUNK_BYTES, fused_step, triton_step
 from mach.heads.rules import Rule, State
+from mach.heads.scaled import Scaled, scaled
 
 CASES = [(131_072, 768, 128), (670_091, 768, 512), (3_000_000, 768, 128), (3_000_000, 64, 1024)]  # K, D, N
 LABELS = 5  # positives of a sample
@@ -39,10 +41,11 @@ FLOAT8 = torch.float8_e4m3fn
 MODES = {  # storage, type of the products
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "float8": (FLOAT8, torch.bfloat16),
+    "float8, outputs in float8": (FLOAT8, FLOAT8),  # the gradients' products in bfloat16
     "float32, products in bfloat16": (torch.float32, torch.bfloat16),
     "float32": (torch.float32, torch.float32),
 }
-LOW = triton_step.LOW
+LOW, EIGHTH = triton_step.LOW, triton_step.EIGHTH
 CHUNKS = [CHUNK_BYTES, 8 << 20, 128 << 20, 512 << 20]  # more launches, or gradients of outputs that leave the cache
 TRIED = {
     "outputs 256 x 64": replace(LOW, outputs=(256, 64)),
@@ -55,6 +58,15 @@ TRIED = {
     "2 stages": replace(LOW, n_stages=2),
     "4 warps": replace(LOW, n_warps=4),
     "64 samples": replace(LOW, samples=64),
+}
+TRIED_EIGHTH = {
+    "outputs 128 x 64": replace(EIGHTH, outputs=(128, 64)),
+    "outputs 64 x 128": replace(EIGHTH, outputs=(64, 128)),
+    "outputs 256 x 128": replace(EIGHTH, outputs=(256, 128), n_stages=2),
+    "4 stages": replace(EIGHTH, n_stages=4),
+    "2 stages": replace(EIGHTH, n_stages=2),
+    "4 warps": replace(EIGHTH, n_warps=4),
+    "64 samples": replace(EIGHTH, samples=64),
 }
 
 
@@ -75,7 +87,9 @@ class Problem:
             drawn = torch.randn(rows.shape, generator=generator, device=device) / D**0.5
             rows.copy_(drawn * (32 if storage == FLOAT8 else 1))
         self.bias = torch.full((1, K), -8.0, device=device)
-        self.hidden = torch.randn(1, N, D, generator=generator, device=device).to(products)
+        self.in_float8 = products == FLOAT8
+        hidden = torch.randn(1, N, D, generator=generator, device=device)
+        self.hidden = hidden.to(torch.bfloat16 if self.in_float8 else products)
         rng = np.random.default_rng(N)
         labels = [np.sort(rng.choice(K, min(LABELS, K), replace=False)) for _ in range(N)]
         indptr = np.concatenate([[0], np.cumsum([len(x) for x in labels])])
@@ -84,6 +98,10 @@ class Problem:
     def wide(self) -> Tensor:
         """Give the weights in float64."""
         return self.weight.double() / (32 if self.weight.dtype == FLOAT8 else 1)
+
+    def narrow(self) -> Scaled | None:
+        """Give the hidden vectors of which outputs are products of float8, if they are."""
+        return scaled(self.hidden) if self.in_float8 else None
 
 
 def wait(device: torch.device) -> None:
@@ -110,9 +128,12 @@ def seconds_of(call: Callable[[], object], device: torch.device, least: float = 
 
 
 def truth_of(problem: Problem, loss: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give by autograd in float64 the loss and the gradients of hidden vectors, weights and bias."""
+    """Give by autograd in float64 the loss and the gradients of hidden vectors, weights and bias; straight through rounding."""
     leaves = [x.double().requires_grad_() for x in (problem.hidden[0], problem.wide()[0], problem.bias[0])]
     z = leaves[0] @ leaves[1].T + leaves[2]
+    if (narrow := problem.narrow()) is not None:
+        seen = narrow.values.double() * narrow.scales.double()[..., None]
+        z = z + ((seen[0] - leaves[0]) @ leaves[1].T).detach()
     y = torch.zeros_like(z)
     y[problem.positives.samples, problem.positives.buckets] = 1
     if loss == "logistic":
@@ -124,6 +145,11 @@ def truth_of(problem: Problem, loss: str) -> tuple[Tensor, Tensor, Tensor, Tenso
     value = value / len(z)
     value.backward()
     return (value.detach(), *(x.grad for x in leaves))
+
+
+def of_value(problem: Problem) -> float:
+    """Give the error allowed to the loss; Hopper's own sums of products of float8 have some 14 bits within a slice."""
+    return 1e-4 if problem.in_float8 else 1e-5
 
 
 def check(device: torch.device, sizes: list[tuple[int, int, int]]) -> None:
@@ -139,20 +165,40 @@ def check(device: torch.device, sizes: list[tuple[int, int, int]]) -> None:
                 truth, old = truth_of(problem, loss), problem.wide()[0]
                 hidden, bias, value = fused_step(
                     problem.hidden, problem.weight, problem.bias, problem.positives,
-                    loss=loss, rule=rule, state=State(), want_loss=True,
+                    loss=loss, rule=rule, state=State(), want_loss=True, narrow=problem.narrow(),
                 )  # fmt: skip
                 pairs = ((value, truth[0][None]), (hidden[0], truth[1]), (bias[0], truth[3]))
                 errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs]
                 asked = (1 - rule.rate * rule.weight_decay) * old - rule.rate * truth[2]
                 apart = (problem.wide()[0] - asked).abs()
-                allowed = 4e-3 if products == torch.bfloat16 else 2e-5  # for the rounding of the outputs' gradients
+                allowed = 4e-3 if problem.hidden.dtype == torch.bfloat16 else 2e-5  # for the rounding of the outputs' gradients
                 apart -= rule.rate * float(truth[2].abs().max()) * allowed
                 digits, least = {torch.bfloat16: (7, 0.0), FLOAT8: (3, 2.0**-14)}.get(storage, (22, 0.0))
                 steps = float((apart.clamp(min=0) / (asked.abs() * 2.0**-digits).clamp(min=max(least, 1e-9))).max())
-                fits = max(errors[1:]) < allowed and errors[0] < 1e-5 and steps <= 1.01
+                fits = max(errors[1:]) < allowed and errors[0] < of_value(problem) and steps <= 1.01
                 cells = [f"{K:,}, {D}, {N}", mode, loss, *(f"{e:.1e}" for e in errors), f"{steps:.2f}", "yes" if fits else "NO"]
                 print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\nBits of the rounding as specified: {'yes' if rounds_as_specified(device) else 'NO'}")
+
+
+def check_chunked(device: torch.device, sizes: list[tuple[int, int, int]]) -> None:
+    """Print how far the fused step with outputs in float8 is from the chunked one in float32, which only simulates that."""
+    print("\n| K, D, N | loss | value | grad hidden | within |\n|---|---|---|---|---|")
+    for K, D, N in sizes:
+        for loss in ("logistic", "squared-hinge", "softmax"):
+            problem = Problem(K, D, N, FLOAT8, FLOAT8, device)
+            head = LinearHead(problem.weight, problem.bias, in_float8=True)
+            how: dict[str, Any] = {"loss": loss, "want_loss": True}
+            hidden, value = head.step(problem.hidden.float(), problem.positives, update=lambda *_: None, **how)
+            assert value is not None
+            ours, _, of_ours = fused_step(
+                problem.hidden, problem.weight, problem.bias, problem.positives,
+                rule=sgd(), state=State(), narrow=problem.narrow(), **how,
+            )  # fmt: skip
+            assert of_ours is not None
+            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in ((of_ours, value), (ours, hidden))]
+            fits = errors[0] < of_value(problem) and errors[1] < 4e-3
+            print(f"| {K:,}, {D}, {N} | {loss} | {errors[0]:.1e} | {errors[1]:.1e} | {'yes' if fits else 'NO'} |", flush=True)
 
 
 def rounds_as_specified(device: torch.device) -> bool:
@@ -186,11 +232,29 @@ def ceilings(device: torch.device, n: int, n_copied: int) -> tuple[dict[torch.dt
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         rates[dtype] = 2 * n**3 / seconds_of(lambda a=a, b=b: a @ b, device)
         print(f"product of {n} x {n}, {dtype}: {rates[dtype] / 1e12:.3g} TFLOP/s", flush=True)
+    rates[FLOAT8] = max(rates[torch.bfloat16], *(eighth_rate(device, n, is_fast) for is_fast in (False, True)))
     x = torch.zeros(n_copied, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     bandwidth = 2 * n_copied / seconds_of(lambda: y.copy_(x), device)
     print(f"copy of {n_copied / 2**30:.3g} GiB, read and written: {bandwidth / 1e9:,.0f} GB/s\n", flush=True)
     return rates, bandwidth
+
+
+def eighth_rate(device: torch.device, n: int, is_fast: bool) -> float:
+    """Give the operations a second of torch's product of float8, with sums in float32 or those of the tensor cores; 0 without."""
+    a, b = (torch.randn(n, n, device=device).to(FLOAT8) for _ in range(2))
+    one, name = torch.ones((), device=device), f"product of {n} x {n}, {FLOAT8}, {'fast' if is_fast else 'float32'} sums"
+
+    def call() -> Tensor:
+        return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+
+    try:
+        rate = 2 * n**3 / seconds_of(call, device)
+    except Exception as error:  # neither documented nor there on every device
+        print(f"{name}: {reason_of(error)}")
+        return 0.0
+    print(f"{name}: {rate / 1e12:.3g} TFLOP/s", flush=True)
+    return rate
 
 
 def fused(
@@ -200,7 +264,7 @@ def fused(
     rule, state = sgd(), State()
     return lambda: triton_step.step(
         problem.hidden, problem.weight, problem.bias, problem.positives,
-        loss=loss, rule=rule, state=state, want_loss=False, chunk_bytes=chunk_bytes, blocks=blocks,
+        loss=loss, rule=rule, state=state, want_loss=False, chunk_bytes=chunk_bytes, blocks=blocks, narrow=problem.narrow(),
     )  # fmt: skip
 
 
@@ -292,7 +356,8 @@ def compare(
     print("|---|---|---|---|---|---|---|")
     for mode, (storage, products) in MODES.items():  # so that what time cuts off is the least of interest
         for K, D, N in cases:
-            by_products = 3 * 2 * N * K * D / rates[products]
+            of_gradients = rates[torch.bfloat16 if products == FLOAT8 else products]
+            by_products = 2 * N * K * D * (1 / rates[products] + 2 / of_gradients)
             by_memory = 3 * K * D * storage.itemsize / bandwidth
             floor = max(by_products, by_memory)
             which = "products" if by_products > by_memory else "memory"
@@ -315,10 +380,10 @@ def compare(
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
-def by_kernel(case: tuple[int, int, int], device: torch.device) -> None:
+def by_kernel(case: tuple[int, int, int], mode: str, device: torch.device) -> None:
     """Print how a fused step's time divides among kernels."""
-    print("\n| kernel | ms a step |\n|---|---|")
-    call = fused(Problem(*case, torch.bfloat16, torch.bfloat16, device))
+    print(f"\n| kernel, {mode} | ms a step |\n|---|---|")
+    call = fused(Problem(*case, *MODES[mode], device))
     call()
     activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -331,13 +396,13 @@ def by_kernel(case: tuple[int, int, int], device: torch.device) -> None:
         print(f"| {name[:60]} | {microseconds / 3e3:.3g} |", flush=True)
 
 
-def try_blocks(case: tuple[int, int, int], device: torch.device, until: float) -> None:
+def try_blocks(case: tuple[int, int, int], mode: str, device: torch.device, until: float) -> None:
     """Print the time of a fused step for other sizes of its chunks and blocks."""
     K, D, N = case
-    print(f"\nK = {K:,}, D = {D}, N = {N}, bfloat16\n\n| with | step, ms |\n|---|---|")
-    problem = Problem(*case, torch.bfloat16, torch.bfloat16, device)
+    print(f"\nK = {K:,}, D = {D}, N = {N}, {mode}\n\n| with | step, ms |\n|---|---|")
+    problem = Problem(*case, *MODES[mode], device)
     tried: dict[str, dict[str, Any]] = {f"chunks of {n >> 20} MiB": {"chunk_bytes": n} for n in CHUNKS}
-    tried |= {name: {"blocks": blocks} for name, blocks in TRIED.items()}
+    tried |= {name: {"blocks": blocks} for name, blocks in (TRIED_EIGHTH if problem.in_float8 else TRIED).items()}
     for name, how in tried.items():
         if time.perf_counter() > until:
             print(f"| {name} | no time left |")
@@ -361,15 +426,18 @@ def main() -> None:
     torch.set_grad_enabled(False)
     cases = [(300, 40, 20)] if args.quick else CASES
     with torch.enable_grad():
-        check(device, [(300, 40, 20)] if args.quick else [(1000, 200, 100), (5000, 768, 128), (5003, 100, 300)])
+        sizes = [(300, 40, 20)] if args.quick else [(1000, 200, 100), (5000, 768, 128), (5003, 100, 300)]
+        check(device, sizes)
+    check_chunked(device, sizes)
     print()
     rates, bandwidth = ceilings(device, *((256, 1 << 20) if args.quick else (8192, 1 << 32)))
     compare(cases, device, rates, bandwidth, until - 20 * args.minutes)  # a third of the time is left for the rest
-    for case in [cases[i] for i in (2, 3, 1) if i < len(cases)] or cases:
+    others = [(cases[i], "bfloat16") for i in (2, 3, 1) if i < len(cases)] or [(cases[0], "bfloat16")]
+    for case, mode in [*others[:1], (others[0][0], "float8, outputs in float8"), *others[1:]]:
         release()
         try:
-            by_kernel(case, device)
-            try_blocks(case, device, until)
+            by_kernel(case, mode, device)
+            try_blocks(case, mode, device, until)
         except Exception as error:  # no profiler on this machine, say
             print(reason_of(error))
 

@@ -52,8 +52,10 @@ def updating(parameters: dict[str, Tensor], kind: HeadOptimizer, rate: float) ->
 
 
 def stepping(
-    parameters: dict[str, Tensor], hidden_RND: Tensor, of: Positives, kind: HeadOptimizer, rate: float = 1e-3
-) -> Callable[[], Tensor]:
+    parameters: dict[str, Tensor], hidden_RND: Tensor, of: Positives, kind: HeadOptimizer, rate: float = 1e-3, *,
+    in_float8: bool = False,
+) -> Callable[[], Tensor]:  # fmt: skip
     """Give a call that takes one step of the head on a batch, telling no loss; gives the gradient of the hidden vectors."""
-    head, begin = LinearHead(parameters["head.weight"], parameters["head.bias"]), updating(parameters, kind, rate)
+    head = LinearHead(parameters["head.weight"], parameters["head.bias"], in_float8=in_float8)
+    begin = updating(parameters, kind, rate)
     return lambda: head.step(hidden_RND, of, loss="logistic", update=begin(), want_loss=False)[0]

@@ -36,6 +36,7 @@ from mach.train.optim import Optimizer  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # tests/conftest.py asks for the interpreter there
 FLOAT8 = torch.float8_e4m3fn
 STORAGES = [torch.float32, torch.bfloat16, FLOAT8]
+OF_EIGHTH = 1e-4 if torch.cuda.is_available() else 2e-6  # of a loss: Hopper's own sums of products of float8 have some 14 bits
 SMALL = Blocks(samples=16, outputs=(32, 32), hidden=(16, 32), update=(32, 32), n_warps=4, n_stages=2)
 WIDE = Blocks(samples=64, outputs=(32, 16), hidden=(16, 32), update=(16, 32), n_warps=4, n_stages=2)  # all samples in a block
 
@@ -136,7 +137,11 @@ def check_gradients(problem, loss, blocks, chunk_bytes=1 << 20):
     rule = rule_of(rate=0.25, weight_decay=0.0, repetitions=tuple(range(R)))
     hidden, bias, value = problem.step(loss, rule=rule, blocks=blocks, chunk_bytes=chunk_bytes)
     share = 2e-6 if is_exact else 4e-3
-    for ours, theirs, allowed in ((value, truth[0], 2e-6), (hidden, truth[1], share), (bias, truth[3], share)):
+    for ours, theirs, allowed in (
+        (value, truth[0], 2e-6 if problem.narrow is None else OF_EIGHTH),
+        (hidden, truth[1], share),
+        (bias, truth[3], share),
+    ):
         torch.testing.assert_close(ours.double().cpu(), theirs, rtol=0, atol=allowed * float(theirs.abs().max()) + 1e-9)
     asked, storage = old - rule.rate * truth[2], problem.stored.dtype
     asked = asked.clamp(-14, 14) if storage == FLOAT8 else asked
@@ -365,7 +370,7 @@ def test_outputs_in_float8_are_those_of_the_chunked_path(loss, kind, monkeypatch
     (fused, *of_fused), (chunked, *of_chunked), (_, *of_others) = found
     assert bool(((fused - chunked).abs() <= (chunked.abs() / 8).clamp(min=2.0**-14)).all())
     assert float((fused != chunked).double().mean()) < 0.02
-    for ours, theirs, others, allowed in zip(of_fused, of_chunked, of_others, (4e-3, 2e-6), strict=True):
+    for ours, theirs, others, allowed in zip(of_fused, of_chunked, of_others, (4e-3, OF_EIGHTH), strict=True):
         apart = allowed * float(theirs.abs().max())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=apart)
         assert float((ours - others).abs().max()) > 2 * apart
