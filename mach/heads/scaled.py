@@ -30,7 +30,7 @@ class Scaled:
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """Give the numbers themselves (R, N, D) in a wider type, exact."""
-        out = widen(self.values, torch.empty_like(self.values, dtype=dtype))
+        out = widen(self.values, torch.empty(self.values.shape, dtype=dtype, device=self.values.device))
         return out.mul_((self.scales * FLOAT8_SCALE).to(dtype).unsqueeze(2))  # `widen` takes them for stored weights
 
 

@@ -76,6 +76,12 @@ def test_samples_of_zeros_of_the_smallest_numbers_and_of_what_is_not_finite(dtyp
     assert wide[4:].isnan().all()
 
 
+def test_numbers_may_lie_in_memory_in_any_order():
+    hidden = torch.randn(5, 3, 9, generator=torch.Generator().manual_seed(1)).transpose(0, 1)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(scaled(hidden).widened(dtype), scaled(hidden.contiguous()).widened(dtype))
+
+
 def test_samples_have_scales_of_their_own():
     hidden = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-2.0, 3)[None, :, None]
     found = scaled(hidden)
