@@ -1,8 +1,8 @@
 """Hidden vectors in float8, for outputs that are products of two numbers of e4m3: one scale a sample, rounded to the nearest.
 
 In units of its sample's scale a number keeps three bits after the point from 2**-6 to 448; below, it goes in steps of 2**-9. The
-largest of a sample lies between 224 and 448. A scale is a power of two: values times scale are exact in bfloat16, so that outputs
-are the same sums of the same products whether float8 is multiplied or what it is widened to.
+largest of a sample lies above 224, up to 448. A scale is a power of two: values times scale are exact in bfloat16, so that
+outputs are the same sums of the same products whether float8 is multiplied or what it is widened to.
 
 The gradient passes straight through the rounding: to hidden vectors by the weights, to weights by what was not rounded.
 Sources: Micikevicius et al. 2022, arXiv:2209.05433 (e4m3); Rouhani et al. 2023, arXiv:2310.10537 (scales that are powers of two);
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mach.heads.rounding import FLOAT8, FLOAT8_MAX, FLOAT8_SCALE, widen
+from mach.heads.rounding import FLOAT8, FLOAT8_SCALE, widen
 
 LEAST = -100  # exponent of a scale: what it scales stays a normal number of bfloat16 and float32
 
@@ -38,6 +38,7 @@ def scaled(hidden_RND: Tensor) -> Scaled:
     """Round hidden vectors to the nearest of float8, ties to even; the scale of a sample that is not finite becomes NaN."""
     most = hidden_RND.abs().amax(2)
     most = most if most.dtype == torch.float64 else most.float()
-    exponents = torch.frexp(most / FLOAT8_MAX).exponent.clamp_(min=LEAST)
-    scales = torch.ldexp(torch.ones_like(most), exponents)
+    shares, exponents = torch.frexp(most)  # 448 is 7/8 of 2**9
+    exponents = (exponents - 9 + (shares > 7 / 8)).clamp_(LEAST, 127)
+    scales = (exponents + 127 << 23).view(torch.float32).to(most.dtype)  # by its bits: some devices' powers are not exact
     return Scaled((hidden_RND / scales.to(hidden_RND.dtype).unsqueeze(2)).to(FLOAT8), scales + 0 * most)
