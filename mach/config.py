@@ -134,7 +134,7 @@ class Config:
 
     validation: float | Literal["auto"] = _setting(
         AUTO,
-        "share of the training samples held out when the data set has no dev split; auto: a fortieth, at most 2,000, of 10,000 "
+        "share of the training samples held out when the data set has no dev split; auto: a fortieth, at most 6,000, of 10,000 "
         "or more, where labels are ordered anew",
         0,
         0.9,
@@ -244,7 +244,7 @@ class Config:
         """Resolve how many of so many training samples are held out where there is no dev split."""
         if isinstance(self.validation, float):
             return round(self.validation * n_samples)
-        return min(2000, n_samples // 40) if n_samples >= 10_000 and self.n_reranked(features) else 0
+        return min(6000, n_samples // 40) if n_samples >= 10_000 and self.n_reranked(features) else 0
 
     def n_repetitions(self) -> int:
         """Resolve R: 1 for the identity table, which is the full head."""

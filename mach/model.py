@@ -24,7 +24,7 @@ from torch import Tensor
 from mach.config import Config, Estimator, Precision
 from mach.data import CSR, TextVectorizer, take
 from mach.decoding import TopK, decode_topk
-from mach.decoding.only import check_exclude, check_restrict
+from mach.decoding.only import Only, allowed_of, check_exclude, check_restrict, joined, no_lists
 from mach.decoding.rerank import Reranker
 from mach.decoding.topk import check_k
 from mach.encoders import make_batch
@@ -127,7 +127,8 @@ class Model:
                 top = self.full_topk(rows, depth, first_sample=start, **how)
             else:
                 top = decode_topk(self.bucket_outputs(rows), self.table, depth, loss=self.config.loss, **how)
-            parts.append(self.reranked(rows, top, k, estimator=estimator))
+            excluded = None if without is None else how["exclude"]
+            parts.append(self.reranked(rows, top, k, estimator=estimator, restrict=subset, exclude=excluded))
             start += len(rows)
         return TopK(np.concatenate([p.labels for p in parts]), np.concatenate([p.scores for p in parts]))
 
@@ -137,11 +138,19 @@ class Model:
             return k
         return max(k, min(self.reranker.depth, self.sizes.n_labels if n_allowed is None else n_allowed))
 
-    def reranked(self, features: CSR | np.ndarray, top: TopK, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR) -> TopK:
-        """Give the k best of decoded labels, the first of them ordered anew if the model has a re-ranker for the estimator."""
+    def reranked(
+        self, features: CSR | np.ndarray, top: TopK, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR,
+        restrict: npt.NDArray[np.int64] | None = None, exclude: Sequence[npt.NDArray[np.int64]] | None = None,
+    ) -> TopK:  # fmt: skip
+        """Give the k best of decoded labels, the first of them ordered anew if the model has a re-ranker for the estimator.
+
+        Args: restrict and exclude, as `top` was decoded with, checked.
+        """
         if self.reranker is None or estimator != DEFAULT_ESTIMATOR or isinstance(features, np.ndarray):
             return top
-        return self.reranker.rerank(features, top, k, len(self.repetitions))
+        lists = no_lists(len(features)) if exclude is None else joined(exclude)
+        only = Only(*lists, allowed_of(restrict, self.sizes.n_labels))
+        return self.reranker.rerank(features, top, k, len(self.repetitions), only)
 
     def full_topk(self, features: CSR | np.ndarray, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR, **how: Any) -> TopK:
         """Decode as `predict_topk` does before re-ranking, for the samples of one of `full_chunks`: the table is the identity."""

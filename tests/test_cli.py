@@ -787,7 +787,7 @@ def test_rerank(works, tiny, tmp_path):
     works("train", tiny.path, "--out", tmp_path / "run", *SMALL, "--repetitions", "2")
     said = works("rerank", tmp_path / "run", tiny.path, "--rerank", "5", "--rerank-weight", "2")
     assert re.search(
-        r"re-ranker of the 5 best labels: [\d,]+ parameters, [\d.]+ k?B, weight 2.00(, prototype [\d.]+)? \(given\), "
+        r"re-ranker of a sample's 5 best labels: [\d,]+ parameters, [\d.]+ k?B, by logit \+ 2 margin, chosen on the dev split, "
         r"\d+\.\d s of fitting",
         said,
     )

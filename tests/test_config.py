@@ -243,7 +243,7 @@ def test_who_has_a_second_stage():
 
 def test_a_few_of_many_samples_are_held_out_for_the_second_stage_alone():
     auto = Config()
-    assert [auto.n_held_out(n, "sparse") for n in (9_999, 10_000, 79_999, 80_000, 10**9)] == [0, 250, 1999, 2000, 2000]
+    assert [auto.n_held_out(n, "sparse") for n in (9_999, 10_000, 79_999, 240_000, 10**9)] == [0, 250, 1999, 6000, 6000]
     assert auto.n_held_out(10**6, "dense") == 0
     assert auto.replace(rerank=0).n_held_out(10**6, "sparse") == auto.replace(table="identity").n_held_out(10**6, "sparse") == 0
     assert auto.replace(validation=0).n_held_out(10**6, "sparse") == 0

@@ -25,13 +25,13 @@ CONFIG = mach.Config(epochs=1)
 
 def train(data: str, out: Path) -> tuple[int, int]:
     """Train here; give the peak and the size of the shortlists in bytes."""
-    sizes, fit = [], rerank.fit_reranker
+    sizes, fit = [], rerank.fit_margins
 
     def fitted(*args, **kwargs):
         sizes.append((out / rerank.SHORTLISTS).stat().st_size)
         return fit(*args, **kwargs)
 
-    rerank.fit_reranker = fitted
+    rerank.fit_margins = fitted
     mach.train(CONFIG, mach.Dataset.open(data), out, device="cpu")
     return peak_bytes(CPU), sizes[0]
 
@@ -54,7 +54,7 @@ def main() -> None:
         weights = (reranker_record(out) or {})["parameters"]
         both = max(trained, found.peak_bytes)
         figures = f"{trained / 1e6:,.0f} | {both / 1e6:,.0f} | {peak / 1e6:,.0f} | {both / peak:.2f}"
-        shares = f"{found.disk_bytes / 2 / lists:.2f} | {found.parameters / weights:.2f}"
+        shares = f"{found.lists_bytes / lists:.2f} | {found.parameters / weights:.2f}"
         print(f"| {out.name} | {figures} | {shares} |", flush=True)
 
 

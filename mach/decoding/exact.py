@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mach.config import Estimator
 from mach.decoding.coarse import LANES, coarse_topk
-from mach.decoding.only import Int64, Lists, Only, check_exclude, check_restrict, lists_of, no_lists
+from mach.decoding.only import Int64, Lists, Only, allowed_of, check_exclude, check_restrict, lists_of, no_lists
 from mach.decoding.pruned import GUESS_ROWS, Costs, prune
 from mach.decoding.scan import AGGREGATES, MEDIAN, SUM, scan_topk
 from mach.decoding.topk import GROUP, NO_LABEL, Float32, TopK, check_k, finish, frozen
@@ -92,7 +92,7 @@ def exact_topk(
         )
     numbers_N3 = np.zeros((N, 3), np.int64)
     top = TopK(np.full((N, k), NO_LABEL), np.full((N, k), -np.inf, np.float32))
-    _search(scores_NRB, table, top, numbers_N3, estimator, Only(*lists, _allowed(subset, K)), scan_ns, n_threads, costs)
+    _search(scores_NRB, table, top, numbers_N3, estimator, Only(*lists, allowed_of(subset, K)), scan_ns, n_threads, costs)
     left = np.flatnonzero(numbers_N3[:, 0] < 0)
     numbers_N3[left] = 0
     if 0 < len(left) < min(N, GROUP):  # too few to share a scan: each may cost more of a search
@@ -148,14 +148,6 @@ def _may_pay(
     if not table.has_inverse and costs.invert * R * K > n_samples * scan_ns:
         return False
     return try_ns + costs.touch * R * k * K / B < scan_ns and try_ns * n_failures <= WASTE * scan_ns * n_each
-
-
-def _allowed(subset: Int64 | None, n_labels: int) -> npt.NDArray[np.uint8]:
-    if subset is None:
-        return np.zeros(0, np.uint8)
-    allowed_K = np.zeros(n_labels, np.uint8)
-    allowed_K[subset] = 1
-    return allowed_K
 
 
 def _search(

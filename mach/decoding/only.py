@@ -48,6 +48,15 @@ def joined(rows: Sequence[Int64]) -> Lists:
     return Lists(starts, np.concatenate([*rows, np.zeros(0, np.int64)]))
 
 
+def allowed_of(subset: Int64 | None, n_labels: int) -> npt.NDArray[np.uint8]:
+    """Give which labels may be found, as `Only` holds it: those of a subset, or all."""
+    if subset is None:
+        return np.zeros(0, np.uint8)
+    allowed_K = np.zeros(n_labels, np.uint8)
+    allowed_K[subset] = 1
+    return allowed_K
+
+
 def check_restrict(restrict: npt.ArrayLike, n_labels: int, k: int) -> Int64:
     """Give the distinct labels of a subset, sorted.
 

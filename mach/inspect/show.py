@@ -39,12 +39,13 @@ def show_parts(parts_s: Mapping[str, float]) -> Iterator[str]:
 
 def show_reranker(record: Mapping[str, Any]) -> str:
     """Say in a line what a run's re-ranker is, from its record."""
-    fitted = {"dev": "chosen on the dev split", "held out": "chosen on what is held out"}
-    source = fitted.get(record["weight_from"], record["weight_from"])
-    prototype = f", prototype {record['prototype']:g}" if record.get("prototype") else ""  # runs of before have none
+    sources = {"dev": "chosen on the dev split", "held out": "chosen on what is held out", "nothing": "as set"}
+    near = f" and of {record['near']} near to it" if record.get("near") else ""
+    order = record.get("order", f"logit + {record['weight']:g} margin")
+    source = sources.get(record.get("chosen_on", ""), "chosen by an earlier version")
     return (
-        f"re-ranker of the {record['depth']} best labels: {record['parameters']:,} parameters, {size_text(record['bytes'])}, "
-        f"weight {record['weight']:.2f}{prototype} ({source}), {record['train_s']:.1f} s of fitting"
+        f"re-ranker of a sample's {record['depth']} best labels{near}: {record['parameters']:,} parameters, "
+        f"{size_text(record['bytes'])}, by {order}, {source}, {record['train_s']:.1f} s of fitting"
     )
 
 

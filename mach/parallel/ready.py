@@ -73,4 +73,4 @@ def _second_bytes(run: Run, trained: Set[int], dataset: Dataset) -> int:
     second = second_stage(run.config, run.sizes, Samples.of(dataset))
     if second is None or reranker_record(run.path) is not None or run.problems().keys() - trained:
         return 0
-    return second.bytes if (run.path / SHORTLISTS).exists() else second.disk_bytes
+    return second.disk_bytes - (second.lists_bytes if (run.path / SHORTLISTS).exists() else 0)

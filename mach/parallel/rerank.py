@@ -1,12 +1,11 @@
-"""Fit the second stage of a finished ensemble: shortlists of the training samples, the weights, and how much they count."""
+"""Fit the second stage of a finished ensemble: shortlists of the training samples, the weights, and what weighs them."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mach.data import CSR, Dataset, take, take_rows
-from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, add_prototypes, best_mix, fit_prototypes, fit_reranker
-from mach.decoding.rerank.weight import SAMPLES, WEIGHTS, Mix
+from mach.data import CSR, Dataset, take_rows
+from mach.decoding.rerank import DEFAULT_WEIGHT, Nearest, Opinions, Reranker, fit_margins, fit_prototypes
 from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
-from mach.metrics import hits
 from mach.model import Sizes
-from mach.parallel.devices import devices_of
+from mach.parallel.judge import Choice, Judge
 from mach.parallel.offline import predict
 from mach.store import Run
 from mach.store.predictions import read_facts, read_predictions
@@ -32,8 +28,12 @@ from mach.train.memory import peak_bytes
 from mach.train.stop import Stop
 
 SHORTLISTS = "shortlists.parquet"
+NEAR = "near.tmp"  # what is near to each training sample: int32 (N, listed)
 DEFAULT_COST = 0.2  # see experiments/accuracy/rerank
 COSTS = (DEFAULT_COST, 1.0)  # tried where samples can tell which is better
+FEWEST = 32  # samples that networks are trained on
+
+Lists = Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
 
 
 def rerank(
@@ -47,8 +47,9 @@ def rerank(
 ) -> Reranker:
     """Fit a re-ranker to the finished repetitions of a run folder, and store it there in place of an earlier one.
 
-    The samples that training held out, or the dev split, tell which cost is best and how much a margin and a label's prototype
-    count beside a mean logit; they are not fitted on. What was stopped goes on: finished parts of the shortlists are kept.
+    The samples that training held out, or the dev split, tell which cost is best, train the networks that weigh what is known of
+    a label, and tell whether labels found by their prototypes are worth a place; nothing else is fitted on them. What was
+    stopped goes on: finished parts of the shortlists are kept.
 
     Args:   settings, some of `rerank`, `rerank_cost` and `rerank_weight`, in place of the run's; device and workers as for
             `predict`; progress, bars on the terminal.
@@ -72,34 +73,35 @@ def rerank(
             predict(run.path, dataset.path, lists, **how, device=device, workers=workers, progress=tell)
     listed_s = time.perf_counter() - began
     train, held = dataset.split("train"), held_out_rows(run.config, dataset)
-    judge = _Judge.of(run, dataset, held, depth, device)
+    judge = Judge.of(run, dataset, held, depth, device)
+    weight = DEFAULT_WEIGHT if isinstance(config.rerank_weight, str) else config.rerank_weight
     costs = (config.rerank_cost,) if isinstance(config.rerank_cost, float) else COSTS if judge else COSTS[:1]
-    weights = (config.rerank_weight,) if isinstance(config.rerank_weight, float) else WEIGHTS
-    tried: list[Reranker] = []
-    with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop, progress_bar("re-ranker", shown=progress) as tell:
-
-        def told(done: int, total: int) -> None:
-            tell(len(tried) * total + done, len(costs) * total)
-            if stop.asked and done < total:
-                raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
-
-        features = _sparse(train.features)
-        for cost in costs:
-            how = {"cost": cost, "depth": depth, "weight": DEFAULT_WEIGHT, "progress": told}
-            tried.append(fit_reranker(features, train.labels, lambda: _shortlists(lists, held), **how))
-    mix = Mix(0, weights[0], 0.0)
-    if judge:
-        prototypes = fit_prototypes(features, train.labels, ~np.isin(np.arange(train.n_samples), held), depth=depth)
-        mix = judge.mix(tried, prototypes, weights)
-    best = tried[mix.which]
-    if mix.prototype:
-        best = add_prototypes(best, prototypes, mix.prototype)
-    best = replace(best, weight=mix.weight)
-    weight_from = "given" if isinstance(config.rerank_weight, float) else judge.name if judge else "default"
+    features, used_N = _sparse(train.features), np.ones(train.n_samples, np.bool_)
+    used_N[held] = False
+    heard, near, near_N = None, np.empty((0, 0), np.int64), None
+    with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop:
+        if judge and config.rerank_weight == "auto" and len(judge.features) >= FEWEST:
+            prototypes, counts_K = fit_prototypes(features, train.labels, used_N)
+            heard, nearest = (prototypes, counts_K), Nearest.of(prototypes)
+            near = judge.near(nearest)
+            if near.shape[1]:
+                with progress_bar("near labels", shown=progress) as tell:
+                    near_N = _near(run.path / NEAR, nearest, features, used_N, lists, _told(run, stop, tell))
+        with progress_bar("re-ranker", shown=progress) as tell:
+            fits = [
+                fit_margins(
+                    features, train.labels, lambda: _shortlists(lists, used_N, near_N), cost=cost,
+                    progress=_told(run, stop, tell, i, len(costs)),
+                )
+                for i, cost in enumerate(costs)
+            ]  # fmt: skip
+    choice = judge.best(fits, weight, heard, near) if judge else Choice(0, weight, None)
+    opinions = None if choice.network is None or heard is None else Opinions(*heard, choice.network, near.shape[1])
+    best = Reranker(fits[choice.which], depth, choice.weight, opinions)
     record = {
-        "cost": costs[mix.which],
-        "prototype": mix.prototype,
-        "weight_from": weight_from,
+        "cost": costs[choice.which],
+        "order": choice.order,
+        "chosen_on": judge.name if judge and (heard or len(costs) > 1) else "nothing",
         "listed": listed,
         "repetitions": run.finished(),
         "listed_s": round(listed_s, 3),
@@ -108,6 +110,7 @@ def rerank(
     }
     save_reranker(run.path, run.manifest["key"], best, record)
     lists.unlink()
+    (run.path / NEAR).unlink(missing_ok=True)
     return best
 
 
@@ -122,42 +125,43 @@ def wants_reranker(run: Run) -> bool:
     return wanted and not run.problems() and reranker_record(run.path) is None
 
 
-def _shortlists(file: Path, held: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Yield the rows and shortlists of a prediction file, without those of the samples held out."""
+def _shortlists(file: Path, used_N: npt.NDArray[np.bool_], near_N: npt.NDArray[np.int32] | None) -> Lists:
+    """Yield the rows and shortlists of a prediction file, with what is near to each; without the samples that are not used."""
     for rows, top in read_predictions(file):
-        fitted = ~np.isin(rows, held)
-        yield rows[fitted], np.ascontiguousarray(top.labels[fitted])
+        some = used_N[rows]
+        labels = top.labels[some]
+        yield rows[some], np.ascontiguousarray(labels if near_N is None else np.concatenate([labels, near_N[rows[some]]], 1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Judge:
-    """Samples that nothing was trained on, and what decoding finds for them."""
+def _near(
+    path: Path, nearest: Nearest, features: CSR, used_N: npt.NDArray[np.bool_], file: Path, told: Callable[[int, int], None]
+) -> npt.NDArray[np.int32]:
+    """Write what is near to each used sample and not on its shortlist, as many labels as there; map it, (N, listed).
 
-    name: str  # what they are
-    features: CSR
-    truth: CSR
-    top: TopK
-    n_repetitions: int
+    Raises: ModelError if the disk refuses.
+    """
+    try:
+        with path.open("wb") as out:
+            for rows, top in read_predictions(file):
+                found = np.full(top.labels.shape, -1, np.int64)
+                some = used_N[rows]
+                found[some] = nearest.find(take_rows(features, rows[some]), top.labels.shape[1], top.labels[some])
+                out.write(found.astype(np.int32).data)
+                told(int(rows[-1]) + 1, len(features))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error}); the repetitions are safe") from error
+    return np.memmap(path, np.int32, "r").reshape(len(features), -1)
 
-    @classmethod
-    def of(cls, run: Run, dataset: Dataset, held: npt.NDArray[np.int64], depth: int, device: str) -> _Judge | None:
-        """Take the dev split or what was held out, at most SAMPLES of it, evenly; None if there is nothing."""
-        name = "dev" if "dev" in dataset.split_names and dataset.split("dev").n_samples else "held out"
-        split = dataset.split("dev" if name == "dev" else "train")
-        rows = np.arange(split.n_samples) if name == "dev" else held
-        if not len(rows):
-            return None
-        rows = rows[:: -(-len(rows) // SAMPLES)]
-        features, model = take(split.features, rows), run.load(device=devices_of(device)[0], rerank=False)
-        top = model.predict_topk(features, depth)
-        return cls(name, _sparse(features), take_rows(split.labels, rows), top, len(model.repetitions))
 
-    def mix(self, tried: Sequence[Reranker], prototypes: Reranker, weights: Sequence[float]) -> Mix:
-        """Choose which is best, and how much its margins and likeness to prototypes count beside a mean logit."""
-        labels, n_true_N = self.top.labels, np.diff(self.truth.indptr)
-        *margins, likeness_Nk = [each.margins(self.features, labels) for each in (*tried, prototypes)]
-        right_Nk = hits(labels, self.truth).astype(np.bool_)
-        return best_mix(self.top.scores / self.n_repetitions, margins, likeness_Nk, right_Nk, n_true_N, weights=weights)
+def _told(run: Run, stop: Stop, tell: Callable[[int, int], None], i: int = 0, n: int = 1) -> Callable[[int, int], None]:
+    """Give what the i-th of n equal parts of a job calls with (done, total): it tells, and raises Stopped if that is asked."""
+
+    def told(done: int, total: int) -> None:
+        tell(i * total + done, n * total)
+        if stop.asked and done < total:
+            raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
+
+    return told
 
 
 def _sparse(features: CSR | np.ndarray) -> CSR:

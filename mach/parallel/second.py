@@ -28,6 +28,7 @@ LATER_BYTES = 60 << 20  # of a process, that training does not load: what writes
 THREAD_BYTES = 12 << 20  # of a thread that decodes
 LISTED_BYTES = 36  # a label of a shortlist that is made: id and score, found, joined and written
 ON_DISK_BYTES = 8  # the same in a file
+NEAR_BYTES = 4  # of a label in the file of what is near
 WEIGHT_BYTES = 6  # a feature and a bfloat16
 LABEL_BYTES = 12  # in the model, where its weights begin, and a bias
 DISTINCT = 4.0  # of the features of a label's samples, so many times the root get a weight: see `n_weights`
@@ -54,7 +55,8 @@ class Second:
 
     parameters: int
     bytes: int  # of its file
-    disk_bytes: int  # written at its fullest: the shortlists twice, as their parts are joined, or once beside its file
+    lists_bytes: int  # of the shortlists
+    disk_bytes: int  # at its fullest: these twice, as their parts are joined, or once beside what is near and its file
     peak_bytes: int  # of the process that has trained all repetitions and fits it
 
 
@@ -63,23 +65,25 @@ def second_stage(config: Config, sizes: Sizes, samples: Samples) -> Second | Non
     depth = min(config.n_reranked(sizes.features), sizes.n_labels)
     if not depth:
         return None
-    listed = n_listed(sizes, depth)
+    listed, n_sets = n_listed(sizes, depth), 2 if config.rerank_weight == "auto" else 1
     weights = n_weights(sizes, samples)
-    size = WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels
+    size = n_sets * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
     lists = ON_DISK_BYTES * listed * samples.n
+    near = NEAR_BYTES * listed * samples.n if n_sets > 1 else 0
     return Second(
-        parameters=weights + sizes.n_labels,
+        parameters=n_sets * (weights + sizes.n_labels),
         bytes=size,
-        disk_bytes=lists + max(lists, size),
+        lists_bytes=lists,
+        disk_bytes=lists + max(lists, near + size),
         peak_bytes=_peak_bytes(config, sizes, samples, listed, weights),
     )
 
 
 def n_weights(sizes: Sizes, samples: Samples) -> int:
-    """Estimate how many weights are kept, those near zero left out.
+    """Estimate how many weights of the margins are kept, those near zero left out; and of prototypes.
 
     The features of a label's samples repeat, so different ones are fewer, as the root of all; and at most F. That was within 2.4
-    times on seven data sets at a cost of 0.2; at a cost of 1 and with prototypes there were two to eight times as many.
+    times on seven data sets at a cost of 0.2; at a cost of 1 there were two to eight times as many.
     Source: Heaps 1978, Information Retrieval, section 7.5 (different words of a text grow as a power of its length).
     """
     of_a_label = samples.n * sizes.labels_a_sample * samples.features / sizes.n_labels
@@ -91,7 +95,7 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
 
     The allocator still holds what came and went with a step of training. Shortlists take the mapped weights of all repetitions,
     bucket scores twice, those of one repetition beside them, and the lists of some thousand samples. The fit takes pairs, a
-    number or two a feature and thread, and the weights of each fit, of prototypes, and of their sum with the best. Both map the
+    number or two a feature and thread, and the weights of each fit, and of prototypes by label and by feature. Both map the
     features.
     """
     R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
@@ -106,7 +110,7 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
     scores = min(some, CHUNK_BYTES["cpu"]) if is_full else some
     lists = held + 2 * scores + scores // R + N_THREADS * THREAD_BYTES + LISTED_BYTES * rows * listed
     pairs = min(PAIRS, round(samples.n * (listed + sizes.labels_a_sample)))
-    n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + 3  # prototypes, twice as they are added, and the sum
+    n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + (2 if config.rerank_weight == "auto" else 0)
     fit = 4 * (pairs + samples.n + 2 * N_THREADS * F) + n_fits * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
     mapped = round(8 * samples.n * samples.features)
     return PROCESS_BYTES + LATER_BYTES + step_bytes(config, sizes, R, device=CPU) + mapped + max(lists, fit)

@@ -1,7 +1,8 @@
 """The re-ranker in a run folder: `reranker.safetensors`, and `reranker.json`, written last: with it, it is finished.
 
-Tensors: indptr int64 (K + 1,), features int32 (nnz,), values bfloat16 (nnz,), bias float32 (K,). The record says depth, weight
-and number of features, how it was fitted, size and checksum.
+Tensors: indptr int64 (K + 1,), features int32 (nnz,), values bfloat16 (nnz,), bias float32 (K,). With networks also the same of
+the prototypes, as `prototypes.indptr` and so on; counts int32 (K,); `network.first` and the other arrays of a `Network`, float32.
+The record says depth, weight, labels found by prototypes and number of features, how it was fitted, size and checksum.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from mach.decoding.rerank import Reranker
+from mach.decoding.rerank import Network, Opinions, Reranker, SparseWeights
+from mach.decoding.rerank.network import NAMES
 from mach.errors import ModelError
 from mach.files import atomic, checksum, read_json, write_json
 from mach.kernels import array_of
@@ -31,12 +33,10 @@ def save_reranker(folder: Path, key: str, reranker: Reranker, facts: Mapping[str
     Raises: ModelError if the disk refuses.
     """
     weights, record = folder / WEIGHTS, folder / RECORD
-    tensors = {
-        "indptr": torch.from_numpy(reranker.indptr),
-        "features": torch.from_numpy(reranker.features),
-        "values": torch.from_numpy(reranker.values.view("int16")).view(torch.bfloat16),
-        "bias": torch.from_numpy(reranker.bias),
-    }
+    tensors = _tensors("", reranker.weights)
+    if (more := reranker.opinions) is not None:
+        tensors |= _tensors("prototypes.", more.prototypes) | {"counts": torch.from_numpy(more.counts)}
+        tensors |= {f"network.{name}": torch.from_numpy(getattr(more.network, name)) for name in NAMES}
     try:
         record.unlink(missing_ok=True)
         with atomic(weights) as temporary:
@@ -45,7 +45,8 @@ def save_reranker(folder: Path, key: str, reranker: Reranker, facts: Mapping[str
             "run": key,
             "depth": reranker.depth,
             "weight": reranker.weight,
-            "n_features": reranker.n_features,
+            "near": 0 if reranker.opinions is None else reranker.opinions.n_near,
+            "n_features": reranker.weights.n_features,
             "parameters": reranker.n_parameters,
             "bytes": weights.stat().st_size,
             "xxh3_128": checksum(weights),
@@ -101,8 +102,27 @@ def _load(folder: Path, key: str, record: Mapping[str, Any]) -> Reranker:
         found = {name: array_of(tensor) for name, tensor in load_file(path).items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-    known = {name: record[name] for name in ("n_features", "depth", "weight")}
-    return Reranker(found["indptr"], found["features"], found["values"], found["bias"], **known)
+    opinions = None
+    if "counts" in found:
+        network = Network(*(found[f"network.{name}"] for name in NAMES))
+        opinions = Opinions(_weights("prototypes.", found, record), found["counts"], network, record["near"])
+    return Reranker(_weights("", found, record), record["depth"], record["weight"], opinions)
+
+
+def _tensors(prefix: str, weights: SparseWeights) -> dict[str, torch.Tensor]:
+    """Give the arrays of sparse weights by name, as they are stored."""
+    return {
+        f"{prefix}indptr": torch.from_numpy(weights.indptr),
+        f"{prefix}features": torch.from_numpy(weights.features),
+        f"{prefix}values": torch.from_numpy(weights.values.view("int16")).view(torch.bfloat16),
+        f"{prefix}bias": torch.from_numpy(weights.bias),
+    }
+
+
+def _weights(prefix: str, found: Mapping[str, Any], record: Mapping[str, Any]) -> SparseWeights:
+    """Give the sparse weights that `_tensors` stored."""
+    indptr, features, values, bias = (found[prefix + name] for name in ("indptr", "features", "values", "bias"))
+    return SparseWeights(indptr, features, values, bias, record["n_features"])
 
 
 def verify_reranker(folder: Path, key: str) -> list[str]:

@@ -7,14 +7,18 @@ import json
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from mach import Config, load, train
-from mach.decoding.rerank import DEFAULT_WEIGHT, add_prototypes, best_mix, fit_prototypes
+from mach.data import CSR
+from mach.decoding import TopK
+from mach.decoding.rerank import DEFAULT_WEIGHT, Nearest, Opinions, Reranker, SparseWeights, fit_prototypes
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.inspect.ask import ask
-from mach.metrics import hits
+from mach.kernels import bits_of
 from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
+from mach.parallel.judge import Judge
 from mach.parallel.rerank import rerank
 from mach.store import Run
 from mach.store.calibration import scores_key
@@ -42,19 +46,19 @@ def test_training_fits_it_once_all_repetitions_are_there(tiny, tmp_path, run):
     assert model.reranker is not None and len(model.repetitions) == 1
     assert not (tmp_path / "run" / "shortlists.parquet").exists()
     record = record_of(run.path)
-    assert (record["depth"], record["weight_from"], record["repetitions"]) == (6, "dev", [0, 1, 2])
+    assert (record["depth"], record["chosen_on"], record["repetitions"]) == (6, "dev", [0, 1, 2])
     assert record["listed"] == 6 + int(np.ceil(run.sizes.labels_a_sample))
     before = (run.path / "reranker.safetensors").stat().st_mtime_ns
     train(CONFIG, tiny, run.path)
     assert (run.path / "reranker.safetensors").stat().st_mtime_ns == before
 
 
-def test_it_orders_the_first_labels_anew_and_no_others(tiny, run):
+def test_it_orders_the_first_labels_anew(tiny, run):
     X, model, plain = tiny.split("test").features, load(run.path), load(run.path, rerank=False)
     found, decoded = model.predict_topk(X, 20), plain.predict_topk(X, 20)
     expected = model.reranker.rerank(X, decoded, 20, 3)
     assert np.array_equal(found.labels, expected.labels) and np.array_equal(found.scores, expected.scores)
-    assert np.array_equal(found.labels[:, 6:], decoded.labels[:, 6:]) and not np.array_equal(found.labels, decoded.labels)
+    assert not np.array_equal(found.labels, decoded.labels)
     assert np.array_equal(model.predict_topk(X, 2).labels, found.labels[:, :2])  # six are decoded for two
     assert np.array_equal(model.predict_topk(X, 5, estimator="min").scores, plain.predict_topk(X, 5, estimator="min").scores)
     only = model.predict_topk(X, 3, restrict=[1, 5, 7], exclude=[[]] * len(X))
@@ -94,63 +98,133 @@ def test_settings_in_place_of_the_runs(tiny, tmp_path):
         rerank(tmp_path / "run", tiny)
     found = rerank(tmp_path / "run", tiny, settings={"rerank": 4, "rerank_weight": 0.25, "rerank_cost": 3.0})
     record = record_of(tmp_path / "run")
-    assert (found.depth, found.weight, record["cost"], record["weight_from"]) == (4, 0.25, 3.0, "given")
+    assert (found.depth, found.weight, record["cost"], found.opinions) == (4, 0.25, 3.0, None)
+    assert (record["order"], record["near"]) == ("logit + 0.25 margin", 0)
     other = rerank(tmp_path / "run", tiny, settings={"rerank": 4, "rerank_weight": 0.25, "rerank_cost": 0.01})
     assert other.key != found.key  # and took the place of the first
     assert load(tmp_path / "run").reranker.key == other.key
 
 
-def test_samples_held_out_are_not_fitted_on_and_tell_the_weight(tiny_without_dev, tmp_path, monkeypatch):
+def test_samples_held_out_are_not_fitted_on_and_choose(tiny_without_dev, tmp_path, monkeypatch):
     seen, used = [], []
-    real, prototypes = rerank_module.fit_reranker, rerank_module.fit_prototypes
+    real, prototypes = rerank_module.fit_margins, rerank_module.fit_prototypes
 
     def fit(features, labels, shortlists, **how):
         seen.append(np.concatenate([rows for rows, _ in shortlists()]))
         return real(features, labels, shortlists, **how)
 
-    monkeypatch.setattr(rerank_module, "fit_reranker", fit)
-    monkeypatch.setattr(rerank_module, "fit_prototypes", lambda *given, **how: used.append(given[2]) or prototypes(*given, **how))
+    monkeypatch.setattr(rerank_module, "fit_margins", fit)
+    monkeypatch.setattr(rerank_module, "fit_prototypes", lambda *given: used.append(given[2]) or prototypes(*given))
     config = CONFIG.replace(validation=0.2)
     train(config, tiny_without_dev, tmp_path / "held")
     held = held_out_rows(config, tiny_without_dev)
     assert len(held) == 40 and np.array_equal(np.sort(np.concatenate([seen[0], held])), np.arange(200))
     assert np.array_equal(np.flatnonzero(~used[0]), held)
-    assert record_of(tmp_path / "held")["weight_from"] == "held out"
-    train(CONFIG, tiny_without_dev, tmp_path / "none")
+    assert record_of(tmp_path / "held")["chosen_on"] == "held out"
+    none = train(CONFIG, tiny_without_dev, tmp_path / "none").reranker
     record = record_of(tmp_path / "none")
-    assert (record["weight"], record["weight_from"], len(seen[-1])) == (DEFAULT_WEIGHT, "default", 200)
+    assert (none.weight, none.opinions, record["chosen_on"], len(seen[-1])) == (DEFAULT_WEIGHT, None, "nothing", 200)
+    assert (record["cost"], len(seen), len(used)) == (0.2, 3, 1)
 
 
-def test_the_best_cost_weight_and_prototype_are_taken_where_samples_can_tell(tiny, tiny_without_dev, tmp_path, monkeypatch):
-    fitted, real = {}, rerank_module.fit_reranker
-
-    def fit(*given, cost, **how):
-        fitted[cost] = real(*given, cost=cost, **how)
-        return fitted[cost]
-
-    monkeypatch.setattr(rerank_module, "fit_reranker", fit)
+def test_the_best_of_sums_and_networks_is_taken_where_samples_can_tell(tiny, tmp_path, monkeypatch):
+    fits, real = [], rerank_module.fit_margins
+    monkeypatch.setattr(rerank_module, "fit_margins", lambda *given, **how: fits.append(real(*given, **how)) or fits[-1])
     found = train(CONFIG, tiny, tmp_path / "run").reranker
-    assert list(fitted) == [0.2, 1.0]
+    assert len(fits) == 2  # a cost each
     dev, model, split = tiny.split("dev"), load(tmp_path / "run", rerank=False), tiny.split("train")
-    top = model.predict_topk(dev.features, 6)
-    right, n_true = hits(top.labels, dev.labels).astype(bool), np.diff(dev.labels.indptr)
-    prototypes = fit_prototypes(split.features, split.labels, np.ones(split.n_samples, bool), depth=6)
-    *margins, likeness = (each.margins(dev.features, top.labels) for each in (*fitted.values(), prototypes))
-    mix = best_mix(top.scores / 3, margins, likeness, right, n_true)
-    record, cost = record_of(tmp_path / "run"), (0.2, 1.0)[mix.which]
-    assert (record["cost"], record["weight"], record["prototype"]) == (cost, mix.weight, mix.prototype)
-    assert mix.prototype  # of this data set
-    assert found.key == dataclasses.replace(add_prototypes(fitted[cost], prototypes, mix.prototype), weight=mix.weight).key
-    fitted.clear()
-    train(CONFIG, tiny_without_dev, tmp_path / "none")
-    assert list(fitted) == [0.2]
+    heard = fit_prototypes(split.features, split.labels, np.ones(split.n_samples, bool))
+    top = model.predict_topk(dev.features, 12)
+    judge = Judge("dev", dev.features, dev.labels, TopK(top.labels, top.scores / np.float32(3)), 6)
+    near = judge.near(Nearest.of(heard[0]))
+    choice = judge.best(fits, DEFAULT_WEIGHT, heard, near)
+    opinions = None if choice.network is None else Opinions(*heard, choice.network, near.shape[1])
+    assert found.key == Reranker(fits[choice.which], 6, choice.weight, opinions).key
+    assert record_of(tmp_path / "run")["cost"] == (0.2, 1.0)[choice.which]
+
+
+def planted_judge(right_of, n: int = 400) -> tuple[Judge, list[SparseWeights], tuple]:
+    """Make samples of one feature each, whose ten labels have random logits, and are right where `right_of` says so."""
+    rng = np.random.default_rng(0)
+    F, K, depth = 40, 60, 10
+    W, P = rng.normal(size=(2, K, F)).astype(np.float32)
+    own = rng.integers(0, F, n)
+    features = CSR.from_scipy(sp.csr_array((np.ones(n, np.float32), (np.arange(n), own)), shape=(n, F)))
+    labels = np.stack([rng.permutation(K)[: 2 * depth] for _ in range(n)])
+    logits = -np.sort(-rng.normal(size=labels.shape), axis=1).astype(np.float32)
+    told = [np.take_along_axis(each[:, own].T, labels, 1) for each in (W, P)]
+    right = right_of(logits, *told) & (np.arange(2 * depth) < depth)
+    truth = sp.csr_array((np.ones(right.sum(), np.float32), (np.nonzero(right)[0], labels[right])), shape=(n, K))
+    judge = Judge("dev", features, CSR.from_scipy(truth, with_values=False), TopK(labels, logits), depth)
+    margins, prototypes = (plain(each) for each in (W, P))
+    return judge, [plain(rng.normal(size=(K, F))), margins], (prototypes, np.ones(K, np.int32))
+
+
+def plain(W: np.ndarray) -> SparseWeights:
+    rows = sp.csr_array(W.astype(np.float32))
+    bits = np.array([bits_of(x) for x in rows.data], np.uint16)
+    return SparseWeights(
+        rows.indptr.astype(np.int64), rows.indices.astype(np.int32), bits, np.zeros(len(W), np.float32), W.shape[1]
+    )
+
+
+def test_what_is_chosen_is_what_tells_right_labels():
+    nothing = np.empty((400, 0), np.int64)
+    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4)
+    choice = judge.best(fits, 1.5, heard, nothing)
+    assert choice.which == 1 and choice.network is None and choice.order in ("logit + 1.5 margin", "logit + 3 margin")
+    assert judge.best(fits, 0.75, None, nothing) == (1, 0.75, None)  # no others than the given weight
+    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * (m + 2 * p) > 12)
+    choice = judge.best(fits, 1.5, heard, nothing)
+    assert (
+        choice.which == 1
+        and choice.network.skip.tolist() == [[1, 3, 6, 0, 0, 0, 0]]
+        and choice.order == "logit + 3 margin + 6 likeness"
+    )
+    judge, fits, heard = planted_judge(lambda logits, m, p: (m > 0.5) & (p < 1))  # too alike is wrong, which no sum can say
+    choice = judge.best(fits, 1.5, heard, nothing)
+    assert choice.which == 1 and choice.network.first.shape == (8, 7, 32) and choice.order == "networks"
+
+
+def test_near_labels_are_candidates_if_they_hold_more_right_ones_than_the_next_of_decoding():
+    judge, _, (prototypes, _) = planted_judge(lambda logits, m, p: m > 0)
+    assert judge.near(Nearest.of(prototypes)).shape == (400, 0)  # all that is right is decoded
+    found = Nearest.of(prototypes).find(judge.features, 10, judge.top.labels[:, :10])
+    truth = sp.csr_array((np.ones(400, np.float32), (np.arange(400), found[:, 3])), shape=(400, 60))
+    lucky = dataclasses.replace(judge, truth=CSR.from_scipy(truth, with_values=False))
+    assert np.array_equal(lucky.near(Nearest.of(prototypes)), found)
+
+
+def test_near_labels_are_fitted_against_and_found(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Judge, "near", lambda self, nearest: nearest.find(self.features, self.depth, self.top.labels[:, : self.depth])
+    )
+    listed, real = [], rerank_module.fit_margins
+
+    def fit(features, labels, shortlists, **how):
+        listed.append(np.concatenate([found for _, found in shortlists()]))
+        return real(features, labels, shortlists, **how)
+
+    monkeypatch.setattr(rerank_module, "fit_margins", fit)
+    train(CONFIG, tiny, tmp_path / "run")
+    record, n = record_of(tmp_path / "run"), record_of(tmp_path / "run")["listed"]
+    assert listed[0].shape == (200, 2 * n) and not (tmp_path / "run" / "near.tmp").exists()
+    assert all(len(set(row) - {-1}) == (row >= 0).sum() for row in listed[0].tolist() for row in [np.array(row)])
+    model, X = load(tmp_path / "run"), tiny.split("test").features
+    assert record["near"] == 6 and model.reranker.opinions.n_near == 6
+    found, decoded = model.predict_topk(X, 20), load(tmp_path / "run", rerank=False).predict_topk(X, 20)
+    assert any(set(a[:6]) - set(b[:6]) for a, b in zip(found.labels.tolist(), decoded.labels.tolist(), strict=True))
+    assert all(len(set(row)) == 20 for row in found.labels.tolist())
+    without = [row[:3] for row in found.labels]  # what was found is not found when it is not allowed
+    again = model.predict_topk(X, 5, exclude=without, restrict=np.arange(5, 40))
+    assert not any(set(a) & set(b) or min(a) < 5 for a, b in zip(again.labels.tolist(), map(list, without), strict=True))
 
 
 def test_what_was_stopped_goes_on(tiny, tmp_path, monkeypatch, run):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rerank_module, "fit_reranker", killed)
+    monkeypatch.setattr(rerank_module, "fit_margins", killed)
     with pytest.raises(KeyboardInterrupt):
         train(CONFIG, tiny, tmp_path / "run")
     assert (tmp_path / "run" / "shortlists.parquet").exists()
@@ -170,7 +244,7 @@ def test_shortlists_of_other_repetitions_are_made_again(tiny, tmp_path, run):
 
 
 def test_a_request_to_stop_is_heard_between_blocks(tiny, tmp_path, monkeypatch):
-    real, asked = rerank_module.fit_reranker, []
+    real, asked = rerank_module.fit_margins, []
 
     def fit(*given, progress, **how):
         def told(done, total):
@@ -182,7 +256,7 @@ def test_a_request_to_stop_is_heard_between_blocks(tiny, tmp_path, monkeypatch):
 
         return real(*given, progress=told, pairs=1, **how)
 
-    monkeypatch.setattr(rerank_module, "fit_reranker", fit)
+    monkeypatch.setattr(rerank_module, "fit_margins", fit)
     with pytest.raises(Stopped, match="stopped while the re-ranker was fitted"):
         train(CONFIG, tiny, tmp_path / "run")
     assert asked == [1]

@@ -20,14 +20,18 @@ from mach.store.reranker import reranker_record
 
 SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=1.5)
 SAMPLES = Samples(n=10_000, features=12.0)
-CONFIG = Config(hidden=32, repetitions=3, input_precision="float32", rerank_cost=0.2)
+CONFIG = Config(hidden=32, repetitions=3, input_precision="float32", rerank_cost=0.2, rerank_weight=1.0)
 
 
 def test_weights_and_files_are_counted_by_hand():
     found = second_stage(CONFIG, SIZES, SAMPLES)
     weights = round(500 * 4 * (10_000 * 1.5 * 12 / 500) ** 0.5)
     assert (found.parameters, found.bytes) == (weights + 500, 6 * weights + 12 * 500)
-    assert found.disk_bytes == 2 * 8 * 22 * 10_000  # 20 labels, and two that may be right
+    assert found.lists_bytes == 8 * 22 * 10_000  # 20 labels, and two that may be right
+    assert found.disk_bytes == 2 * found.lists_bytes
+    weighed = second_stage(CONFIG.replace(rerank_weight="auto"), SIZES, SAMPLES)
+    assert (weighed.parameters, weighed.bytes) == (2 * found.parameters, 2 * found.bytes)  # and as many of prototypes
+    assert weighed.disk_bytes == 8 * 22 * 10_000 + max(8 * 22 * 10_000, 4 * 22 * 10_000 + weighed.bytes)
     few = second_stage(CONFIG, SIZES, Samples(n=10, features=12.0))
     assert few.disk_bytes == 8 * 22 * 10 + few.bytes  # shortlists go when its file is there
 
@@ -64,9 +68,11 @@ def test_the_bytes_of_the_fit_are_counted_by_hand():
     one = second_stage(CONFIG, large, many)
     process = PROCESS_BYTES + LATER_BYTES + step_bytes(CONFIG, large, 3, device=CPU) + 8 * 12 * 10**8
     pairs, weights = 32 << 20, n_weights(large, many)
-    assert one.peak_bytes == process + 4 * (pairs + 10**8 + 2 * N_THREADS * 10**6) + 4 * (6 * weights + 12 * 500)
+    assert one.peak_bytes == process + 4 * (pairs + 10**8 + 2 * N_THREADS * 10**6) + 6 * weights + 12 * 500
     tried = second_stage(CONFIG.replace(rerank_cost="auto"), large, many)
     assert tried.peak_bytes - one.peak_bytes == 6 * weights + 12 * 500  # one more cost, whose weights are kept
+    weighed = second_stage(CONFIG.replace(rerank_weight="auto"), large, many)
+    assert weighed.peak_bytes - one.peak_bytes == 2 * (6 * weights + 12 * 500)  # prototypes, by label and by feature
 
 
 @given(st.integers(0, 10**9), st.floats(0, 10**5), st.floats(0.01, 100))
@@ -86,17 +92,17 @@ def test_what_has_none_takes_nothing(config, features):
 
 
 def test_the_estimate_is_near_what_is_written(tiny, tmp_path, monkeypatch):
-    sizes, fit = [], rerank_module.fit_reranker
+    sizes, fit = [], rerank_module.fit_margins
 
     def fitted(*args, **kwargs):
         sizes.append((tmp_path / "run" / rerank_module.SHORTLISTS).stat().st_size)
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(rerank_module, "fit_reranker", fitted)
+    monkeypatch.setattr(rerank_module, "fit_margins", fitted)
     config = Config(buckets=13, repetitions=2, hidden=8, epochs=2, batch_size=50)
     train(config, tiny, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     found, record = second_stage(config, run.sizes, Samples.of(tiny)), reranker_record(run.path)
     assert Samples.of(tiny).features == tiny.split("train").features.nnz / 200
-    assert found.disk_bytes / 2 == pytest.approx(sizes[0], rel=0.3)
-    assert record["bytes"] / 2.3 < found.bytes < 2.3 * record["bytes"]
+    assert found.lists_bytes == pytest.approx(sizes[0], rel=0.3)
+    assert record["bytes"] / 2.5 < found.bytes < 2.5 * record["bytes"]

@@ -1,20 +1,37 @@
-"""A re-ranker on disk that another takes the place of while it is read."""
+"""A re-ranker on disk: what is kept of it, and one that another takes the place of while it is read."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 
-from mach.decoding.rerank import Reranker
+from mach.decoding.rerank import Opinions, Reranker, SparseWeights, fit_network, sum_of
 from mach.errors import ModelError
 from mach.store import reranker as store
-from mach.store.reranker import load_reranker, save_reranker
+from mach.store.reranker import load_reranker, reranker_record, save_reranker
 
 
 def one(weight: float, n: int) -> Reranker:
-    return Reranker(
-        np.array([0, n, n]), np.arange(n, dtype=np.int32), np.full(n, 16256, np.uint16), np.zeros(2, np.float32), 50, 5, weight
-    )
+    bits, bias = np.full(n, 16256, np.uint16), np.zeros(2, np.float32)
+    return Reranker(SparseWeights(np.array([0, n, n]), np.arange(n, dtype=np.int32), bits, bias, 50), 5, weight)
+
+
+def test_all_parts_come_back(tmp_path):
+    rng = np.random.default_rng(0)
+    network, _ = fit_network(rng.normal(size=(20, 3, 7)).astype(np.float32), np.ones((20, 3), bool), rng.random((20, 3)) < 0.3)
+    plain, counts = one(1.5, 3), np.array([4, 0], np.int32)
+    for saved in (
+        plain,
+        dataclasses.replace(plain, opinions=Opinions(one(1.0, 5).weights, counts, network, 9)),
+        dataclasses.replace(plain, opinions=Opinions(one(1.0, 0).weights, counts, sum_of((1, 2, 3, 0, 0, 0, 0)), 0)),
+    ):
+        save_reranker(tmp_path, "key", saved, {})
+        found, record = load_reranker(tmp_path, "key"), reranker_record(tmp_path)
+        assert found.key == saved.key and (found.depth, found.weight) == (5, 1.5)
+        assert record["near"] == (saved.opinions.n_near if saved.opinions else 0)
+        assert record["parameters"] == found.n_parameters == saved.n_parameters
 
 
 @pytest.mark.parametrize("n", [3, 40])  # of the same size as the first, and of another

@@ -33,7 +33,7 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import fit_reranker
+from mach.decoding.rerank import fit_margins
 from mach.encoders import make_batch
 from mach.kernels import jit
 from mach.metrics import Evaluator, hits, propensities
@@ -261,7 +261,7 @@ def measure(dataset: Dataset, out: Path, config: mach.Config, depths: list[int])
             for some in chunks(len(listed), 1 << 15):
                 yield some, listed[some].astype(np.int64)
 
-        linear = fit_reranker(train, labels, parts, cost=DEFAULT_COST, depth=depth, weight=0.0)
+        linear = fit_margins(train, labels, parts, cost=DEFAULT_COST)
         seconds = time.perf_counter() - began
         margins = linear.margins(features, top.labels[:, :depth].astype(np.int64))
         bytes_ = 6 * len(linear.values) + 4 * len(linear.bias) + linear.indptr.nbytes

@@ -9,7 +9,6 @@ of everything. Test splits are not read. Prints a Markdown table for each: P@1 /
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -20,8 +19,9 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import best_mix, fit_reranker
+from mach.decoding.rerank import Reranker, fit_margins, ndcg
 from mach.metrics import hits
+from mach.parallel import judge
 from mach.train.loop import held_out_rows
 
 DEPTH = 20
@@ -48,9 +48,9 @@ def measure(source: Path, out: Path, seed: int) -> None:
     config = mach.Config(seed=seed, rerank=0, validation=0.0 if has_dev else 0.1)
     model = mach.train(config, dataset, out / f"{source.name}-{seed}")
     train, held = dataset.split("train"), held_out_rows(config, dataset)
-    judged = dataset.split("dev") if has_dev else train
-    rows = np.arange(judged.n_samples) if has_dev else held
-    features, truth = take(judged.features, rows), take_rows(judged.labels, rows)
+    measured = dataset.split("dev") if has_dev else train
+    rows = np.arange(measured.n_samples) if has_dev else held
+    features, truth = take(measured.features, rows), take_rows(measured.labels, rows)
     fitted = np.setdiff1d(np.arange(train.n_samples), held)
     R, mean = config.repetitions, math.ceil(model.sizes.labels_a_sample)
     top = shortlists(model, features, min(100, dataset.n_labels))
@@ -64,15 +64,15 @@ def measure(source: Path, out: Path, seed: int) -> None:
         for listed in (DEPTH, DEPTH + mean, 2 * DEPTH + mean):
             lists = long[:, : min(listed, long.shape[1])]
             began = time.perf_counter()
-            found = fit_reranker(
-                train.features, train.labels, lambda lists=lists: [(fitted, lists)], cost=cost, depth=DEPTH, weight=0.0
-            )
+            found = fit_margins(train.features, train.labels, lambda lists=lists: [(fitted, lists)], cost=cost)
             seconds = time.perf_counter() - began
             margins = found.margins(features, top.labels[:, :DEPTH])
-            best = best_mix(top.scores[:, :DEPTH] / R, [margins], 0 * margins, right, np.diff(truth.indptr)).weight
+            scores, n_true = top.scores[:, :DEPTH] / R, np.diff(truth.indptr)
+            gained = {weight: ndcg(scores + weight * margins, right, n_true).mean() for weight in judge.WEIGHTS}
+            best = max(gained, key=gained.__getitem__)
             cells = [f"{cost:g}", str(listed), f"{found.n_parameters / 1e6:.2f}", f"{seconds:.1f}"]
             for weight in (*WEIGHTS, best):
-                ordered = dataclasses.replace(found, weight=weight).rerank(features, top, 5, R)
+                ordered = Reranker(found, DEPTH, weight).rerank(features, top, 5, R)
                 cells.append(precision(ordered.labels, truth) + (f" (at {weight:.2f})" if weight == best else ""))
             print(f"| {' | '.join(cells)} |", flush=True)
 

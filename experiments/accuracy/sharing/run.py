@@ -31,7 +31,7 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, Dataset, take, take_rows, write_dataset
 from mach.decoding import TopK, decode_topk
-from mach.decoding.rerank import DEFAULT_WEIGHT, fit_reranker
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit_margins
 from mach.hashing import LabelTable
 from mach.metrics import Evaluator, propensities
 from mach.parallel.rerank import DEFAULT_COST
@@ -168,8 +168,8 @@ def measure(way: Way, dataset: Dataset, out: Path, config: mach.Config) -> dict[
 
     top = decode(parts, features, min(LISTED, dataset.n_labels))
     lists = decode(parts, take(split.features, fitted), min(DEPTH + mean, dataset.n_labels)).labels
-    how = {"cost": DEFAULT_COST, "depth": DEPTH, "weight": DEFAULT_WEIGHT}
-    second = fit_reranker(split.features, split.labels, lambda: [(fitted, lists)], **how)
+    weights = fit_margins(split.features, split.labels, lambda: [(fitted, lists)], cost=DEFAULT_COST)
+    second = Reranker(weights, DEPTH, DEFAULT_WEIGHT)
     found = figures(top.labels)
     found |= {f"both {name}": value for name, value in figures(second.rerank(features, top, LISTED, R).labels).items()}
     found["weights"] = sum(part.weights for part in parts)

@@ -35,7 +35,7 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, Dataset, take, take_rows, write_dataset
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, fit_reranker
+from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, SparseWeights, fit_margins
 from mach.encoders import make_batch
 from mach.metrics import Evaluator, hits, propensities
 from mach.parallel.rerank import DEFAULT_COST
@@ -117,12 +117,12 @@ def hidden(model: mach.Model, features: CSR) -> Iterator[tuple[np.ndarray, np.nd
         yield rows, found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
 
-def as_scorer(rows_KF: sp.csr_array) -> Reranker:
+def as_scorer(rows_KF: sp.csr_array) -> SparseWeights:
     """Hold sparse vectors of labels so that their cosines with samples are margins."""
     rows = CSR.from_scipy(rows_KF)
     assert rows.values is not None
     bits = (rows.values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return Reranker(rows.indptr, rows.indices, bits, np.zeros(len(rows), np.float32), rows.n_columns, LISTED, 1.0)
+    return SparseWeights(rows.indptr, rows.indices, bits, np.zeros(len(rows), np.float32), rows.n_columns)
 
 
 def hidden_cosines(model: mach.Model, train: CSR, labels: CSR, features: CSR, top: TopK) -> np.ndarray | None:
@@ -164,8 +164,7 @@ def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config,
 
     def second_stage(model: mach.Model, X: CSR, Y: CSR, depth: int = DEPTHS[0]) -> Reranker:
         lists = decode(model, X, min(K, listed - DEPTHS[0] + depth)).labels
-        how = {"cost": DEFAULT_COST, "depth": depth, "weight": DEFAULT_WEIGHT}
-        return fit_reranker(X, Y, lambda: [(np.arange(len(X)), lists)], **how)
+        return Reranker(fit_margins(X, Y, lambda: [(np.arange(len(X)), lists)], cost=DEFAULT_COST), depth, DEFAULT_WEIGHT)
 
     top = decode(model, features, min(LISTED, K))
     found["one stage"] = figures(top.labels)
@@ -204,7 +203,7 @@ def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config,
     right, half = hits(top.labels, truth), np.arange(len(rows)) % 2 == 0
     for depth in sorted({min(depth, K) for depth in DEPTHS}):
         first = dataclasses.replace(linear if depth == DEPTHS[0] else second_stage(model, train, labels, depth), depth=depth)
-        chosen, margins = top.labels[:, :depth], first.margins(features, np.ascontiguousarray(top.labels[:, :depth]))
+        chosen, margins = top.labels[:, :depth], first.weights.margins(features, np.ascontiguousarray(top.labels[:, :depth]))
 
         def ordered(*columns: np.ndarray, depth: int = depth, chosen: np.ndarray = chosen) -> dict[str, float]:
             x, scores = np.stack([top.scores[:, :depth] / R, *columns], -1).astype(np.float64), np.zeros(chosen.shape)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mach.data import CSR
 from mach.data.csr import read_only
-from mach.decoding.rerank.linear import Reranker
+from mach.decoding.rerank.linear import SparseWeights
 from mach.kernels import N_THREADS, bits_of, in_threads, jit, jit_ieee
 
 Array = npt.NDArray[np.generic]
@@ -32,21 +32,19 @@ TASKS_A_THREAD = 8
 UNSEEN = -1.0  # the margin of a label that no sample has
 
 
-def fit_reranker(
+def fit_margins(
     features: CSR,
     labels: CSR,
     shortlists: Callable[[], Shortlists],
     *,
     cost: float,
-    depth: int,
-    weight: float,
     pairs: int = PAIRS,
     progress: Callable[[int, int], None] | None = None,
-) -> Reranker:
-    """Fit a re-ranker on N samples with F features and K labels.
+) -> SparseWeights:
+    """Fit the weights of K labels on N samples with F features.
 
     Args:   shortlists, gives parts of (row numbers, their shortlists (n, m)) anew each time it is called, once a block of labels;
-            samples that are in none of them are not trained on, not even as positives.
+            samples that are in none of them are not trained on, not even as positives. A label of -1 is none.
             pairs, how many of (label, sample) are held at once: labels are done in blocks that have no more, or one by one.
             progress(labels done, K).
     """
@@ -72,7 +70,7 @@ def fit_reranker(
     ends = np.zeros(n_labels + 1, np.int64)
     np.cumsum(np.concatenate([part[0] for part in found]), out=ends[1:])
     joined = [np.concatenate([part[i] for part in found]) for i in (1, 2, 3)]
-    return Reranker(ends, joined[0], joined[1], joined[2], features.n_columns, depth, weight)
+    return SparseWeights(ends, joined[0], joined[1], joined[2], features.n_columns)
 
 
 def blocks(counts: npt.NDArray[np.int64], pairs: int) -> list[tuple[int, int]]:
@@ -148,7 +146,7 @@ def _count(rows: Array, listed: Array, indptr: Array, indices: Array, counts: Ar
         for i in range(indptr[rows[n]], indptr[rows[n] + 1]):
             counts[indices[i]] += 1
         for label in listed[n]:
-            if not _is_positive(label, indptr, indices, rows[n]):
+            if label >= 0 and not _is_positive(label, indptr, indices, rows[n]):
                 counts[label] += 1
 
 

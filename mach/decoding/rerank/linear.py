@@ -1,9 +1,4 @@
-"""Sparse linear weights, a row a label, and how they order a shortlist anew.
-
-A hashed score knows a label by its buckets only, which it shares with others. A margin m = w . x / |x| + b of the label's own,
-learnt against the labels that decoding confuses it with, tells them apart; the two err differently, and their sum is better than
-either.
-"""
+"""Sparse linear weights, a row a label: how well a sample suits each of some labels."""
 
 from __future__ import annotations
 
@@ -12,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from mach.data import CSR
 from mach.data.csr import read_only
-from mach.decoding.topk import TopK
 from mach.errors import ConfigError
 from mach.kernels import N_THREADS, float_of, in_threads, jit_ieee
 
@@ -26,11 +19,11 @@ SEARCH_FROM = 8  # weights of a label for each feature of a sample, from which t
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reranker:
-    """K sparse rows of weights over F features; see this file's first lines.
+class SparseWeights:
+    """K sparse rows of weights over F features, and a bias each.
 
     The shapes: indptr int64 (K + 1,); features int32 (nnz,), ascending in a row; values uint16 (nnz,), the bits of bfloat16; bias
-    float32 (K,). `depth` is how many labels are ordered anew, `weight` that of a margin against a mean logit.
+    float32 (K,).
     """
 
     indptr: npt.NDArray[np.int64]
@@ -38,21 +31,11 @@ class Reranker:
     values: npt.NDArray[np.uint16]
     bias: npt.NDArray[np.float32]
     n_features: int
-    depth: int
-    weight: float
 
     @property
     def n_parameters(self) -> int:
         """Give the number of weights and biases."""
         return len(self.values) + len(self.bias)
-
-    @property
-    def key(self) -> str:
-        """Give 32 hexadecimal digits that identify the weights and how they are used."""
-        state = xxhash.xxh3_128(repr((self.n_features, self.depth, self.weight)).encode())
-        for array in (self.indptr, self.features, self.values, self.bias):
-            state.update(array.data)
-        return state.hexdigest()
 
     def margins(self, features: CSR, labels_Nk: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Give the margin of each label for its sample, float32 (N, k); rows of the features are scaled to length 1 here.
@@ -60,7 +43,7 @@ class Reranker:
         Raises: ConfigError if the samples have another number of features.
         """
         if features.n_columns != self.n_features:
-            raise ConfigError(f"the samples have {features.n_columns} features, the re-ranker was fitted on {self.n_features}")
+            raise ConfigError(f"the samples have {features.n_columns} features, the second stage was fitted on {self.n_features}")
         out = np.empty(labels_Nk.shape, np.float32)
         values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
         arrays = (features.indptr, features.indices, values, labels_Nk, self.indptr, self.features, self.values, self.bias)
@@ -69,25 +52,6 @@ class Reranker:
         tasks = [(*fixed, out, self.n_features, low, high) for low, high in itertools.pairwise(cuts)]
         in_threads(_margins, tasks, N_THREADS)
         return out
-
-    def rerank(self, features: CSR, top: TopK, k: int, n_repetitions: int) -> TopK:
-        """Order the first `depth` labels of each sample anew, and keep k.
-
-        Args:    top, labels by falling sums of the logits of `n_repetitions` repetitions; at least k of them.
-        Returns: scores are sums of logits plus n_repetitions weight margin for those labels; the others keep their order and
-                 their distances, moved down together so far that they stay below. Ties go to the smaller label id.
-        """
-        depth = min(self.depth, top.labels.shape[1])
-        labels, scores = top.labels.copy(), top.scores.astype(np.float32)
-        first = scores[:, :depth] + np.float32(n_repetitions * self.weight) * self.margins(features, labels[:, :depth])
-        order = np.lexsort((labels[:, :depth], -first), axis=1)
-        labels[:, :depth] = np.take_along_axis(labels[:, :depth], order, 1)
-        scores[:, :depth] = np.take_along_axis(first, order, 1)
-        if depth < k:
-            down = np.maximum(scores[:, depth] - scores[:, depth - 1], 0)
-            scores[:, depth:] -= down[:, None]
-            scores[:, depth:] = np.minimum(scores[:, depth:], scores[:, depth - 1 : depth])  # rounding may not lift one
-        return TopK(np.ascontiguousarray(labels[:, :k]), np.ascontiguousarray(scores[:, :k]))
 
 
 @jit_ieee

@@ -1,7 +1,7 @@
 """The prototype of a label: the direction of the sum of its samples, each scaled to length 1; its product with one is a cosine.
 
-A label of few samples tells an SVM little; the mean of its samples is a fair guess at it. Prototypes come as a re-ranker whose
-margins are these cosines, to be weighed as margins are; a share of them is then added to a label's weights.
+A label of few samples tells an SVM little; the mean of its samples is a fair guess at it. Prototypes are weights whose margins
+are these cosines.
 
 Source: Rocchio 1971, Relevance feedback in information retrieval, in The SMART Retrieval System.
 """
@@ -9,23 +9,22 @@ Source: Rocchio 1971, Relevance feedback in information retrieval, in The SMART 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 
 from mach.data import CSR
-from mach.data.csr import read_only
 from mach.decoding.rerank.fit import SMALLEST, TASKS_A_THREAD, all_positives, scales_of
-from mach.decoding.rerank.linear import Reranker
-from mach.kernels import N_THREADS, bits_of, float_of, in_threads, jit, jit_ieee
+from mach.decoding.rerank.linear import SparseWeights
+from mach.kernels import N_THREADS, bits_of, in_threads, jit_ieee
 
 Array = npt.NDArray[np.generic]
 
 
-def fit_prototypes(features: CSR, labels: CSR, used_N: npt.NDArray[np.bool_], *, depth: int) -> Reranker:
-    """Give the prototypes of K labels from the used ones of N samples, without weights near zero; zeros where a label has none.
+def fit_prototypes(features: CSR, labels: CSR, used_N: npt.NDArray[np.bool_]) -> tuple[SparseWeights, npt.NDArray[np.int32]]:
+    """Give the prototypes of K labels from the used ones of N samples, without weights near zero, and how many samples each has.
+
+    Zeros where a label has none, and no biases.
 
     Holds 4 bytes a positive, and 16 a feature and thread.
     """
@@ -42,36 +41,8 @@ def fit_prototypes(features: CSR, labels: CSR, used_N: npt.NDArray[np.bool_], *,
     ends = np.zeros(labels.n_columns + 1, np.int64)
     np.cumsum(np.concatenate([counts for counts, _, _ in parts]), out=ends[1:])
     found, bits = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-    return Reranker(ends, found, bits, np.zeros(labels.n_columns, np.float32), features.n_columns, depth, 0.0)
-
-
-def add_prototypes(found: Reranker, prototypes: Reranker, share: float) -> Reranker:
-    """Give a re-ranker with a share of the prototypes added to its weights, without those near zero."""
-    both = _matrix(found) + np.float32(share) * _matrix(prototypes)
-    both.data[np.abs(both.data) < SMALLEST] = 0
-    both.eliminate_zeros()
-    both.sort_indices()
-    bits = np.empty(len(both.data), np.uint16)
-    _narrow(both.data, bits)
-    return replace(found, indptr=both.indptr.astype(np.int64), features=both.indices.astype(np.int32), values=bits)
-
-
-def _matrix(found: Reranker) -> sp.csr_array:
-    values = np.empty(len(found.values), np.float32)
-    _widen(read_only(found.values), values)
-    return sp.csr_array((values, found.features, found.indptr), shape=(len(found.bias), found.n_features))
-
-
-@jit
-def _narrow(values: Array, bits: Array) -> None:
-    for i in range(len(values)):
-        bits[i] = bits_of(values[i])
-
-
-@jit
-def _widen(bits: Array, values: Array) -> None:
-    for i in range(len(bits)):
-        values[i] = float_of(bits[i])
+    found_weights = SparseWeights(ends, found, bits, np.zeros(labels.n_columns, np.float32), features.n_columns)
+    return found_weights, np.diff(starts).astype(np.int32)
 
 
 @jit_ieee

@@ -1,0 +1,128 @@
+"""Samples that neither stage has learnt from choose between second stages, and train the networks of one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mach.data import CSR, Dataset, take, take_rows
+from mach.decoding import TopK
+from mach.decoding.rerank import Nearest, Network, SparseWeights, best_of, fit_network, hear, ndcg, sum_of
+from mach.errors import ConfigError
+from mach.metrics import hits
+from mach.parallel.devices import devices_of
+from mach.store import Run
+
+SAMPLES = 6_000  # of which a choice has enough
+WEIGHTS = (0.4, 0.75, 1.5, 3.0, 6.0, 12.0, 24.0)  # of a margin beside a mean logit
+SHARES = (0.0, 0.5, 1.0, 2.0, 4.0)  # of a likeness beside a margin
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.floating]
+Heard = tuple[SparseWeights, npt.NDArray[np.int32]]
+Ints = npt.NDArray[np.int64]
+
+
+class Choice(NamedTuple):
+    """How labels are best ordered."""
+
+    which: int  # of the weights tried
+    weight: float  # of a margin beside a mean logit, if there is no network
+    network: Network | None
+
+    @property
+    def order(self) -> str:
+        """Say what labels are ordered by."""
+        if self.network is None:
+            return f"logit + {self.weight:g} margin"
+        if self.network.first.size:
+            return "networks"
+        return " + ".join(
+            ["logit", *(f"{x:g} {name}" for x, name in zip(self.network.skip[0, 1:3], ("margin", "likeness"), strict=True))]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """N samples, and what decoding finds for them: twice as many labels as are to be ordered, or all."""
+
+    name: str  # what they are
+    features: CSR
+    truth: CSR
+    top: TopK  # by mean logits
+    depth: int
+
+    @classmethod
+    def of(cls, run: Run, dataset: Dataset, held: Ints, depth: int, device: str) -> Judge | None:
+        """Take the dev split or what was held out, at most SAMPLES of it, evenly; None if there is nothing."""
+        name = "dev" if "dev" in dataset.split_names and dataset.split("dev").n_samples else "held out"
+        split = dataset.split("dev" if name == "dev" else "train")
+        rows = np.arange(split.n_samples) if name == "dev" else held
+        if not len(rows):
+            return None
+        rows = rows[:: -(-len(rows) // SAMPLES)]
+        features, model = take(split.features, rows), run.load(device=devices_of(device)[0], rerank=False)
+        if not isinstance(features, CSR):
+            raise ConfigError("rerank needs sparse features")
+        top = model.predict_topk(features, min(2 * depth, run.sizes.n_labels))
+        top = TopK(top.labels, top.scores / np.float32(len(model.repetitions)))
+        return cls(name, features, take_rows(split.labels, rows), top, depth)
+
+    def near(self, nearest: Nearest) -> Ints:
+        """Give as many labels near to each sample as decoding gives it, (N, depth), -1 where there are no more.
+
+        Or (N, 0), if the next labels of decoding have no fewer right ones among them.
+        """
+        first, more = self.top.labels[:, : self.depth], self.top.labels[:, self.depth :]
+        found = nearest.find(self.features, self.depth, first)
+        return found if self._right(found).sum() > self._right(more).sum() else found[:, :0]
+
+    def best(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None, near: Ints) -> Choice:
+        """Choose which of the weights orders best, and how margins and likeness to prototypes count beside a mean logit.
+
+        The first weights in the sum that is asked for are taken unless something else is better by more than its standard error;
+        see `tried`.
+        """
+        tried = self.tried(fits, weight, heard, near)
+        return tried[best_of([gained_N for _, gained_N in tried])][0]
+
+    def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None, near: Ints) -> list[tuple[Choice, Floats]]:
+        """Give ways to order labels, and what each sample gains by them, its nDCG@5: sums, and networks.
+
+        Networks are judged on samples that they have not seen.
+
+        Args: weight, of margins in the first sum; heard, prototypes and number of samples of the labels, None if no other
+              sum is wanted; near, as `near` gives it.
+        """
+        labels, logits = self.top.labels[:, : self.depth], self.top.scores[:, : self.depth]
+        n_true_N, right = np.diff(self.truth.indptr), self._right(labels)
+        found = [
+            (Choice(i, weight, None), ndcg(logits + weight * each.margins(self.features, labels), right, n_true_N))
+            for i, each in enumerate(fits)
+        ]
+        if heard is None:
+            return found
+        right = np.concatenate([right, self._right(near)], 1)
+        for i, each in enumerate(fits):
+            opinions, is_candidate = hear(self.features, labels, logits, near, each, *heard)
+
+            def gained(scores: npt.NDArray[np.float32], is_candidate: Bools = is_candidate) -> Floats:
+                return ndcg(np.where(is_candidate, scores, -np.inf), right, n_true_N)
+
+            for margin, share in itertools.product(WEIGHTS, SHARES):
+                network = sum_of((1, margin, margin * share, 0, 0, 0, 0))
+                choice = Choice(i, margin, network if share or near.shape[1] else None)
+                found.append((choice, gained(network.scores(opinions))))
+            network, unseen = fit_network(opinions, is_candidate, right)
+            found.append((Choice(i, 0.0, network), gained(unseen)))
+        return found
+
+    def _right(self, labels: Ints) -> Bools:
+        """Tell which labels are true of their samples; -1 is the end of a list."""
+        right: Bools = hits(np.ascontiguousarray(labels), self.truth).astype(np.bool_)
+        return right

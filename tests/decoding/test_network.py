@@ -1,0 +1,179 @@
+"""What weighs opinions: against slow references, and the order of a second stage that asks it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mach.data import CSR
+from mach.decoding import TopK
+from mach.decoding.only import Only, allowed_of, no_lists
+from mach.decoding.rerank import (
+    Nearest,
+    Network,
+    Opinions,
+    Reranker,
+    SparseWeights,
+    fit_network,
+    hear,
+    network,
+    sum_of,
+)
+from mach.kernels import bits_of
+
+F, K = 12, 25
+
+
+def some_network(rng: np.random.Generator, M: int = 3, D: int = 7, H: int = 5) -> Network:
+    shapes = (M, D, H), (M, H), (M, H, H), (M, H), (M, H), (M, D), (M,)
+    return Network(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+
+
+def slow_scores(net: Network, x: np.ndarray) -> np.ndarray:
+    """Give the scores of opinions (..., D) in float64."""
+    total = 0.0
+    for m in range(len(net.bias)):
+        one = np.maximum(x @ net.first[m].astype(np.float64) + net.first_bias[m], 0)
+        two = np.maximum(one @ net.second[m].astype(np.float64) + net.second_bias[m], 0)
+        total = total + two @ net.out[m].astype(np.float64) + x @ net.skip[m].astype(np.float64) + net.bias[m]
+    return total / len(net.bias)
+
+
+def test_scores_are_those_of_the_definition_and_the_same_bits_for_one_candidate_and_for_many(monkeypatch):
+    rng = np.random.default_rng(0)
+    net, x = some_network(rng), rng.normal(size=(40, 6, 7)).astype(np.float32)
+    whole = net.scores(x)
+    assert np.allclose(whole, slow_scores(net, x.astype(np.float64)), atol=1e-4)
+    assert net.scores(x[:0]).shape == (0, 6)
+    monkeypatch.setattr(network, "ROWS_A_TASK", 7)
+    monkeypatch.setattr(network, "N_THREADS", 3)
+    assert np.array_equal(net.scores(x), whole) and np.array_equal(net.scores(x[3:4, 2:3]), whole[3:4, 2:3])
+
+
+def test_a_sum_weighs_each_opinion_by_a_number():
+    x = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
+    found = sum_of((1, 0.5, -2))
+    assert np.allclose(found.scores(x), x @ np.array([1, 0.5, -2]), atol=1e-6) and found.n_parameters == 4
+
+
+def opinions_of(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw opinions where a label is right if just one of the first two is above zero, which no sum can say."""
+    x = rng.normal(size=(n, 6, 3)).astype(np.float32) * [1, 5, 1] + [0, 0, 100]
+    is_candidate = rng.random((n, 6)) < 0.9
+    return x.astype(np.float32), is_candidate, ((x[:, :, 0] > 0) != (x[:, :, 1] > 0)) & is_candidate
+
+
+def test_networks_learn_what_no_sum_can_say():
+    rng = np.random.default_rng(0)
+    net, _ = fit_network(*opinions_of(rng, 400))
+    x, is_candidate, right = opinions_of(rng, 300)
+    log_odds = net.scores(x)
+    assert ((log_odds > 0) == right)[is_candidate].mean() > 0.9  # zero is even odds: half of them are right
+    best = np.where(is_candidate, log_odds, -np.inf).argmax(1)
+    assert right[np.arange(300), best][right.any(1)].mean() > 0.97
+
+
+def test_a_sample_is_judged_by_networks_that_have_not_seen_it():
+    rng = np.random.default_rng(1)
+    x, is_candidate, right = opinions_of(rng, 90)
+    net, unseen = fit_network(x, is_candidate, right)
+    again, same = fit_network(x, is_candidate, right)
+    assert np.array_equal(unseen, same) and np.array_equal(net.out, again.out)
+    other = right.copy()
+    other[5] = ~other[5]
+    changed, judged = fit_network(x, is_candidate, other)
+    assert np.array_equal(judged[5], unseen[5])  # by itself not at all
+    assert not np.array_equal(judged[6], unseen[6]) and not np.array_equal(changed.out, net.out)
+
+
+def test_places_that_hold_no_candidate_do_not_matter():
+    rng = np.random.default_rng(2)
+    x, is_candidate, right = opinions_of(rng, 60)
+    strange = np.where(is_candidate[:, :, None], x, 7).astype(np.float32)
+    one, other = fit_network(x, is_candidate, right)[0], fit_network(strange, is_candidate, right)[0]
+    assert np.allclose(one.scores(x), other.scores(x), atol=1e-4)
+
+
+def made(rng: np.random.Generator, n_near: int, depth: int) -> Reranker:
+    """Make a second stage of weights and prototypes whose products have no ties."""
+
+    def sparse() -> SparseWeights:
+        W = sp.random(K, F, 0.4, random_state=int(rng.integers(1 << 30)), format="csr", dtype=np.float32)
+        bits = np.array([bits_of(np.float32(x)) for x in W.data], np.uint16)
+        return SparseWeights(W.indptr.astype(np.int64), W.indices.astype(np.int32), bits, np.zeros(K, np.float32), F)
+
+    weights = dataclasses.replace(sparse(), bias=rng.normal(size=K).astype(np.float32))
+    counts = rng.integers(0, 50, K).astype(np.int32)
+    return Reranker(weights, depth, 1.5, Opinions(sparse(), counts, some_network(rng), n_near))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, K), st.sampled_from([0, 1, 4]), st.sampled_from(["all", "some"])
+)  # fmt: skip
+def test_the_order_is_that_of_the_log_odds_over_what_is_decoded_and_what_is_near(seed, depth, k, n_near, which):
+    rng = np.random.default_rng(seed)
+    found = made(rng, n_near, depth)
+    features = CSR.from_scipy(sp.random(5, F, 0.5, random_state=seed % 1000, format="csr", dtype=np.float32))
+    kept = np.arange(K) if which == "all" else np.sort(rng.permutation(K)[: max(k, K // 2)])
+    only = None if which == "all" else Only(*no_lists(5), allowed_of(kept, K))
+    n = min(len(kept), max(k, depth))
+    labels = np.stack([rng.permutation(kept)[:n] for _ in range(5)])
+    scores = -np.sort(-rng.normal(size=(5, n)), axis=1).astype(np.float32)
+    top = found.rerank(features, TopK(labels, scores), k, 2, only)
+    more, d = found.opinions, min(depth, n)
+    near = Nearest.of(more.prototypes).find(features, n_near, labels[:, :d], only)
+    heard, is_candidate = hear(features, labels[:, :d], scores[:, :d] / 2, near, found.weights, more.prototypes, more.counts)
+    log_odds = 2 * more.network.scores(heard)
+    for i in range(5):
+        candidates = [*labels[i, :d].tolist(), *near[i].tolist()]
+        first = sorted((-float(s), label) for s, label in zip(log_odds[i], candidates, strict=True) if label >= 0)
+        assert is_candidate[i].sum() == len(first)
+        expected = [label for _, label in first]
+        expected += [label for label in labels[i, d:].tolist() if label not in expected]
+        assert top.labels[i].tolist() == expected[:k] and (np.diff(top.scores[i]) <= 0).all()
+        assert np.allclose(top.scores[i, : len(first)], [-s for s, _ in first][:k], atol=1e-5)
+        later = [float(s) for s, label in zip(scores[i, d:], labels[i, d:], strict=True) if label not in candidates]
+        assert np.allclose(np.diff(top.scores[i, len(first) :]), np.diff(later)[: max(0, k - len(first) - 1)], atol=1e-4)
+
+
+def test_what_is_heard_of_a_candidate():
+    rng = np.random.default_rng(3)
+    found = made(rng, 2, 3)
+    more = found.opinions
+    features = CSR.from_scipy(sp.random(2, F, 0.6, random_state=5, format="csr", dtype=np.float32))
+    labels, logits = np.array([[3, 8, 1], [20, 0, 5]]), np.array([[2, 1, -1], [0.5, 0.25, 0]], np.float32)
+    near = np.array([[9, -1], [2, 7]])
+    heard, is_candidate = hear(features, labels, logits, near, found.weights, more.prototypes, more.counts)
+    every = np.concatenate([labels, near], 1)
+    assert is_candidate.tolist() == (every >= 0).tolist() and not heard[0, 4].any()
+    assert heard[:, 3:, 0].tolist() == [[-1, 0], [0, 0]]  # at most the last that was decoded
+    margins, likeness = (
+        found.weights.margins(features, np.maximum(every, 0)),
+        more.prototypes.margins(features, np.maximum(every, 0)),
+    )
+    for i, j in zip(*np.nonzero(every >= 0), strict=True):
+        own = [heard[i, j, 0], margins[i, j], likeness[i, j]]
+        best = [logits[i, 0], margins[i][every[i] >= 0].max(), likeness[i][every[i] >= 0].max()]
+        assert heard[i, j].tolist() == pytest.approx(
+            [*own, *np.subtract(own, best), np.log1p(more.counts[every[i, j]])], abs=1e-6
+        )
+
+
+def test_its_key_tells_what_weighs_and_what_is_found():
+    found = made(np.random.default_rng(0), 2, 3)
+    more = found.opinions
+    others = [
+        dataclasses.replace(found, opinions=None),
+        dataclasses.replace(found, opinions=dataclasses.replace(more, n_near=3)),
+        dataclasses.replace(found, opinions=dataclasses.replace(more, counts=more.counts + 1)),
+        dataclasses.replace(found, opinions=dataclasses.replace(more, network=some_network(np.random.default_rng(9)))),
+        dataclasses.replace(found, opinions=dataclasses.replace(more, prototypes=found.weights)),
+    ]
+    keys = [each.key for each in (found, *others)]
+    assert len(set(keys)) == len(keys) and dataclasses.replace(found).key == keys[0]
