@@ -95,7 +95,8 @@ def rerank(
                 )
                 for i, cost in enumerate(costs)
             ]  # fmt: skip
-    choice = judge.best(fits, weight, heard, near) if judge else Choice(0, weight, None)
+    with progress_bar("networks", shown=progress and heard is not None):
+        choice = judge.best(fits, weight, heard, near) if judge else Choice(0, weight, None)
     opinions = None if choice.network is None or heard is None else Opinions(*heard, choice.network, near.shape[1])
     best = Reranker(fits[choice.which], depth, choice.weight, opinions)
     record = {

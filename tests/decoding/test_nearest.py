@@ -49,7 +49,7 @@ def test_it_finds_what_a_search_over_all_labels_finds(seed, n, is_limited):
         assert found[i].tolist() == slowly(W, X[i], n, gone)
 
 
-@pytest.mark.parametrize(("entries", "opened"), [(100, 3), (8, 2), (3, 1), (0, 1)])
+@pytest.mark.parametrize(("entries", "opened"), [(100, 3), (8, 2), (7, 1), (3, 1), (0, 1)])
 def test_the_shortest_lists_are_opened_up_to_a_number_of_entries(monkeypatch, entries, opened):
     monkeypatch.setattr(nearest, "ENTRIES", entries)
     W = np.zeros((12, 3))

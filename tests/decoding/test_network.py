@@ -99,6 +99,15 @@ def test_places_that_hold_no_candidate_do_not_matter():
     assert np.allclose(one.scores(x), other.scores(x), atol=1e-4)
 
 
+def test_an_opinion_that_was_always_the_same_does_not_count():
+    rng = np.random.default_rng(4)
+    x, is_candidate, right = opinions_of(rng, 60)
+    x = np.concatenate([x, np.full((60, 6, 1), 2.5, np.float32)], 2)
+    net, other = fit_network(x, is_candidate, right)[0], x.copy()
+    other[:, :, 3] = 1e6
+    assert np.array_equal(net.scores(other), net.scores(x)) and not np.array_equal(net.scores(-x), net.scores(x))
+
+
 def made(rng: np.random.Generator, n_near: int, depth: int) -> Reranker:
     """Make a second stage of weights and prototypes whose products have no ties."""
 

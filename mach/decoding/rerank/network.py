@@ -78,7 +78,8 @@ def fit_network(opinions_NkD: Floats, is_candidate_Nk: Bools, right_Nk: Bools) -
     """
     random = torch.Generator().manual_seed(0)
     X, Y, V = (torch.from_numpy(np.ascontiguousarray(each)) for each in (opinions_NkD, right_Nk, is_candidate_Nk))
-    mean_D, scale_D = X[V].mean(0), X[V].std(0) + 1e-6
+    mean_D, scale_D = X[V].mean(0), X[V].std(0)
+    scale_D[scale_D < 1e-6] = torch.inf  # of what is always the same nothing is learnt: it does not count
     X, Y = (X - mean_D) / scale_D, Y.float()
     N, k, D = X.shape
     part_N = torch.arange(N) % MEMBERS
