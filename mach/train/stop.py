@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -63,9 +64,12 @@ class Stop:
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self.asked:
             self.name, self._since = NAMES[number], time.monotonic()
-            with suppress(OSError), open(self.file, "x", encoding="utf-8") as file:
-                self._made = True
-                file.write(self.name)
+            with suppress(OSError):
+                if not self.file.exists():
+                    new = self.file.with_name(f"{self.file.name}-{os.getpid()}")
+                    new.write_text(self.name, encoding="utf-8")
+                    self._made = True
+                    new.replace(self.file)  # whole, or not there: an empty one would be a request without a name
         elif time.monotonic() - self._since >= ONE_REQUEST_S:
             self.is_urgent = True
             self._put_back()

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,20 @@ def test_a_file_that_it_made_goes(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         assert (tmp_path / "stop").exists()
     assert not (tmp_path / "stop").exists()
+
+
+def test_the_file_is_never_there_without_the_name_of_what_asked(tmp_path, monkeypatch):
+    seen, write = [], Path.write_text
+
+    def written(self, text, **how):
+        seen.append((tmp_path / "stop").exists())
+        return write(self, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", written)
+    with Stop(tmp_path / "stop"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [False] and [file.name for file in tmp_path.iterdir()] == ["stop"]
+        assert (tmp_path / "stop").read_text() == "SIGTERM"
 
 
 def test_the_second_signal_stops_at_once_but_an_echo_of_the_first_does_not(tmp_path, now):
