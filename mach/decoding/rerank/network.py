@@ -95,7 +95,7 @@ def fit_network(opinions_NkD: Floats, is_candidate_Nk: Bools, right_Nk: Bools) -
         for rows_Mb in torch.split(order_Mn, BATCH, 1):
             z = _outputs(X[rows_Mb].flatten(1, 2), P).view(*rows_Mb.shape, k)
             optimizer.zero_grad()
-            (_loss(z, Y[rows_Mb], V[rows_Mb]) / rows_Mb.shape[1]).backward()  # type: ignore[no-untyped-call]
+            (_loss(z, Y[rows_Mb], V[rows_Mb]) / rows_Mb.shape[1]).backward()  # type: ignore[no-untyped-call]  # torch has none
             optimizer.step()
             schedule.step()
     with torch.no_grad():
