@@ -129,7 +129,10 @@ class Config:
         0,
     )
     rerank_weight: float | Literal["auto"] = _setting(
-        AUTO, "of their margin beside the mean logit; auto: chosen on the dev split or what is held out, else 1.5", 0
+        AUTO,
+        "of their margin beside the mean logit, in a sum of the two and nothing else; auto: that sum, one with likeness to a "
+        "label's samples, or networks, as is best on the dev split or what is held out, else 1.5",
+        0,
     )
 
     validation: float | Literal["auto"] = _setting(
