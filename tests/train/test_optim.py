@@ -26,16 +26,18 @@ def optimizer(weight_decay=0.0, dtype=torch.float64):
 def test_adamw_in_parts_equals_the_formula(seed, width, weight_decay, name):
     ours, rng = optimizer(weight_decay), np.random.default_rng(seed)
     weight = ours.parameters[name].numpy().copy()
-    first, second = np.zeros_like(weight), np.zeros_like(weight)
+    first, second, largest = np.zeros_like(weight), np.zeros_like(weight), 0.0
     for step in range(1, 5):
         rate = 0.1 / step
         gradient = rng.normal(size=weight.shape) * 10.0 ** rng.integers(-6, 3)
+        largest = max(largest, np.abs(gradient).max())
         ours.begin_step(rate=rate, row_rate=9.9)
         for b in range(0, B, width):
             ours.update(name, slice(b, min(b + width, B)), torch.from_numpy(gradient[:, b : b + width].copy()))
         adamw_reference(weight, first, second, gradient, step=step, rate=rate, weight_decay=weight_decay)
     np.testing.assert_allclose(ours.parameters[name].numpy(), weight, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(ours.state[f"{name}.first"].numpy(), first, rtol=1e-12)
+    cancelled = 1e-15 * largest  # where gradients of opposite signs meet, of whose size the rounding is
+    np.testing.assert_allclose(ours.state[f"{name}.first"].numpy(), first, rtol=1e-12, atol=cancelled)
     np.testing.assert_allclose(ours.state[f"{name}.second"].numpy(), second, rtol=1e-12)
 
 
