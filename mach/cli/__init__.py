@@ -19,7 +19,7 @@ LINE_OF_CTRL_C = "\n"  # a terminal writes ^C and stays on its line
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit status."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's idle threads would keep our kernels' threads off the cores for ms
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads would keep our kernels' threads off the cores for ms
     args = make_parser().parse_args(argv)
     try:
         args.run(args)

@@ -49,12 +49,11 @@ def _adam(
     rate: float, share: float, inverse: float, epsilon: float, keys: np.ndarray,
 ) -> None:  # fmt: skip
     """Take one row's step, all its weights by one size; `row_D` is room for them."""
-    square = gradient_D[0] * 0
+    square = gradient_D.dtype.type(0)
     for j in range(len(gradient_D)):
         square += gradient_D[j] * gradient_D[j]
-    second = second_FR[f, r] + share * (square / len(gradient_D) - second_FR[f, r])
-    second_FR[f, r] = second
-    scale = rate / (np.sqrt(second * inverse) + epsilon)
+    second_FR[f, r] += share * (square / len(gradient_D) - second_FR[f, r])
+    scale = rate / (np.sqrt(second_FR[f, r] * inverse) + epsilon)  # read back: of its own type, not float64, which is slow below
     load_row(row_D, stored_D)
     for j in range(len(row_D)):
         row_D[j] -= scale * gradient_D[j]

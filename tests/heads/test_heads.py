@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mach.config import Loss
 from mach.heads import LinearHead, Positives, linear
-from mach.heads.linear import bucket_bytes
+from mach.heads.linear import SUMS, _sum_over_samples, bucket_bytes
 from mach.heads.rounding import narrow, widen
 
 CPU = torch.device("cpu")
@@ -289,3 +289,12 @@ def test_without_room_for_a_copy_each_chunk_is_rounded_anew_to_the_same_bits(los
         found.append((gradient, head.weight, head.bias))
         assert any(own) == (most > 0)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (300, SUMS + 5), (7, 3)])
+def test_a_bias_gets_the_sum_over_all_samples(dtype, N, C):
+    z = torch.randn(2, N, C, generator=torch.Generator().manual_seed(N)).to(dtype)
+    found = _sum_over_samples(z, torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, z.double().sum(1).float(), rtol=1e-5, atol=1e-4)
