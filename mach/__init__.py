@@ -7,11 +7,14 @@ model.predict_topk(["Nueva York"], k=5)
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads: its idle threads would keep ours off the cores for ms
 
 _WHERE = {
     "Calibration": "mach.calibration",

@@ -42,6 +42,14 @@ def test_importing_the_package_loads_nothing_heavy():
     assert python(f"{code}; print(*sorted(set({HEAVY}) & set(sys.modules)))") == ""
 
 
+@pytest.mark.parametrize(("given", "kept"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_how_long_idle_threads_spin_is_set_before_torch_loads_unless_the_user_has(monkeypatch, given, kept):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert python("import os, sys, mach; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)") == f"{kept} False"
+
+
 @pytest.mark.parametrize("first", ["mach.parallel", "mach.train.loop", "mach.train"])
 def test_train_is_the_function_whatever_was_imported_first(first):
     """The package `mach.train` bears the name of the function, and importing a package sets an attribute of its parent."""

@@ -6,7 +6,6 @@ its arguments, its call and what it prints.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 
@@ -19,7 +18,6 @@ LINE_OF_CTRL_C = "\n"  # a terminal writes ^C and stays on its line
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit status."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads would keep our kernels' threads off the cores for ms
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
