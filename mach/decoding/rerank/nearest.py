@@ -80,9 +80,8 @@ def _find(
             feature, value = indices[begin + at], values[begin + at]
             for j in range(list_indptr[feature], list_indptr[feature + 1]):
                 label = list_labels[j]
-                if sums[label] == 0:  # again where a sum has come back to zero: read once, as it is cleared then
-                    met[n_met] = label
-                    n_met += 1
+                met[n_met] = label
+                n_met += sums[label] == 0  # no branch, which none could foresee; again where a sum has come back to zero
                 sums[label] += value * float_of(list_values[j])
         for label in besides_Nm[row]:
             sums[label] = 0
