@@ -54,6 +54,7 @@ class Model:
     vectorizer: TextVectorizer | None = None
     label_names: Sequence[str] | None = None
     reranker: Reranker | None = None
+    products: torch.dtype | None = None  # in which outputs are made; None: the type of the model
 
     def __post_init__(self) -> None:
         if len(self.repetitions) != self.table.n_repetitions:
@@ -78,7 +79,7 @@ class Model:
         for r, packed in enumerate(self.repetitions):
             if r == 0 or self._feature_buckets is not None:
                 batch = self._batch(features, r)
-            out[:, r] = packed.logits(batch)[:, 0]
+            out[:, r] = packed.logits(batch, self.products)[:, 0]
         return out
 
     def _batch(self, features: CSR | np.ndarray, r: int) -> Batch:
@@ -154,7 +155,7 @@ class Model:
 
     def full_topk(self, features: CSR | np.ndarray, k: int, *, estimator: Estimator = DEFAULT_ESTIMATOR, **how: Any) -> TopK:
         """Decode as `predict_topk` does before re-ranking, for the samples of one of `full_chunks`: the table is the identity."""
-        return self.repetitions[0].full_topk(self._batch(features, 0), k, estimator=estimator, **how)
+        return self.repetitions[0].full_topk(self._batch(features, 0), k, estimator=estimator, products=self.products, **how)
 
     def row_chunks(self, features: CSR | np.ndarray, n_repetitions: int | None = None) -> Iterator[CSR | np.ndarray]:
         """Cut samples into runs whose bucket scores take at most 64 MiB; at least one run, perhaps empty.

@@ -169,11 +169,10 @@ class Packed:
         """Give a copy of the parameters of the r-th packed repetition, on the CPU."""
         return {name: value.select(packed_axis(name), r).contiguous().cpu() for name, value in self.parameters.items()}
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Give the outputs of every head, shape (N, R, B)."""
+    def logits(self, batch: Batch, products: torch.dtype | None = None) -> Tensor:
+        """Give the outputs of every head, shape (N, R, B), made and given in a type of their own if one is named."""
         with torch.no_grad():
-            hidden = self.mlp.forward(self.input.forward(batch))
-            return self.head.logits(hidden if self.bottleneck is None else self.bottleneck(hidden))
+            return self.head.logits(self._hidden(batch, products))
 
     def full_topk(
         self,
@@ -184,15 +183,16 @@ class Packed:
         restrict: npt.ArrayLike | None = None,
         exclude: Sequence[npt.ArrayLike] | None = None,
         first_sample: int = 0,
+        products: torch.dtype | None = None,
         lap: Callable[[str], None] = lambda part: None,
     ) -> TopK:
         """Give the k best outputs of a single repetition, the full head, for each sample; the outputs are never held together.
 
-        `lap` is called after each chunk of outputs is made ("outputs") and before the next ("decode"). See `Model.predict_topk`.
+        `products` as for `logits`; the rest: `Model.predict_topk`. `lap` is called after each chunk of outputs is made
+        ("outputs") and before the next ("decode").
         """
         with torch.no_grad():
-            hidden = self.mlp.forward(self.input.forward(batch))
-            hidden = hidden if self.bottleneck is None else self.bottleneck(hidden)
+            hidden = self._hidden(batch, products)
             lap("outputs")
             (_, N, D), K, device = hidden.shape, self.head.weight.shape[1], hidden.device
             width = max(1, CHUNK_BYTES[device.type] // (4 * max(1, N, D)))
@@ -211,6 +211,12 @@ class Packed:
             )  # fmt: skip
             lap("decode")
         return top
+
+    def _hidden(self, batch: Batch, products: torch.dtype | None) -> Tensor:
+        """Give the vectors that the head takes, (R, N, D)."""
+        hidden = self.mlp.forward(self.input.forward(batch))
+        hidden = hidden if self.bottleneck is None else self.bottleneck(hidden)
+        return hidden if products is None else hidden.to(products)
 
     def step(
         self,

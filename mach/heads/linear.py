@@ -82,7 +82,7 @@ class LinearHead:
 
     def some_logits(self, hidden_RND: Tensor, outputs: slice | Tensor, room: Tensor) -> Tensor:
         """Give some of the outputs, a run or a list of C of them: (R, N, C), contiguous, at the beginning of a flat room."""
-        weight, bias = self.weight[:, outputs], self.bias[:, outputs].unsqueeze(1)
+        weight, bias = self.weight[:, outputs], self.bias[:, outputs].unsqueeze(1).to(hidden_RND.dtype)
         (R, N, _), C = hidden_RND.shape, weight.shape[1]
         if weight.dtype != hidden_RND.dtype:
             weight = widen(weight, torch.empty_like(weight, dtype=hidden_RND.dtype))

@@ -94,7 +94,7 @@ class Judge:
     def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None, near: Ints) -> list[tuple[Choice, Floats]]:
         """Give ways to order labels, and what each sample gains by them, its nDCG@5: sums, and networks.
 
-        Networks are judged on samples that they have not seen.
+        Networks are trained where the best sum is, and judged on samples that they have not seen.
 
         Args: weight, of margins in the first sum; heard, prototypes and number of samples of the labels, None if no other
               sum is wanted; near, as `near` gives it.
@@ -108,19 +108,19 @@ class Judge:
         if heard is None:
             return found
         right = np.concatenate([right, self._right(near)], 1)
-        for i, each in enumerate(fits):
-            opinions, is_candidate = hear(self.features, labels, logits, near, each, *heard)
+        is_candidate = np.concatenate([labels, near], 1) >= 0
 
-            def gained(scores: npt.NDArray[np.float32], is_candidate: Bools = is_candidate) -> Floats:
-                return ndcg(np.where(is_candidate, scores, -np.inf), right, n_true_N)
+        def gained(scores: npt.NDArray[np.float32]) -> Floats:
+            return ndcg(np.where(is_candidate, scores, -np.inf), right, n_true_N)
 
-            for margin, share in itertools.product(WEIGHTS, SHARES):
-                network = sum_of((1, margin, margin * share, 0, 0, 0, 0))
-                choice = Choice(i, margin, network if share or near.shape[1] else None)
-                found.append((choice, gained(network.scores(opinions))))
-            network, unseen = fit_network(opinions, is_candidate, right)
-            found.append((Choice(i, 0.0, network), gained(unseen)))
-        return found
+        told = [hear(self.features, labels, logits, near, each, *heard)[0] for each in fits]
+        for (i, opinions), margin, share in itertools.product(enumerate(told), WEIGHTS, SHARES):
+            network = sum_of((1, margin, margin * share, 0, 0, 0, 0))
+            choice = Choice(i, margin, network if share or near.shape[1] else None)
+            found.append((choice, gained(network.scores(opinions))))
+        i = max(found, key=lambda each: float(each[1].mean()))[0].which
+        network, unseen = fit_network(told[i], is_candidate, right)
+        return [*found, (Choice(i, 0.0, network), gained(unseen))]
 
     def _right(self, labels: Ints) -> Bools:
         """Tell which labels are true of their samples; -1 is the end of a list."""

@@ -17,7 +17,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from mach.config import Estimator
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
-from mach.model import DEFAULT_ESTIMATOR, Model
+from mach.model import DEFAULT_ESTIMATOR, Model, resolve_precision
 from mach.parallel.devices import devices_of
 from mach.store.calibration import trust_in
 from mach.store.folder import Run
@@ -38,6 +38,7 @@ class Work:
     split: str
     repetitions: tuple[int, ...]
     rerank: bool
+    approximate: bool
     device: str
     threads: int  # of the CPU
     parts: Parts
@@ -58,6 +59,7 @@ def predict(
     repetitions: Sequence[int] | None = None,
     skip_broken: bool = False,
     rerank: bool = True,
+    approximate: bool = False,
     restrict: str | Path | None = None,
     exclude: str | Path | None = None,
     probabilities: bool = False,
@@ -75,6 +77,8 @@ def predict(
     Args:   k, labels a sample (default 100, or all); rerank, with the run's re-ranker if it has one; restrict and exclude, files
             of labels to choose among, and of what each sample may not find (`mach.data.lists`); workers, processes (default: one
             a GPU, or one).
+            approximate, scores of products as training makes them, in bfloat16 where the device has it: good enough for lists
+            that something else will order.
             probabilities, a column of them, from the run's calibration; precision and min_probability, keep only labels above the
             threshold that was found for this precision, or at least this probable, and give the column, too. They were fitted
             where all labels may be found: with restrict or exclude they may be off.
@@ -87,6 +91,7 @@ def predict(
         raise ConfigError(f"workers={workers} must be at least 1")
     opened, dataset = Run.open(run), Dataset.open(data)
     model = opened.load(repetitions, skip_broken=skip_broken, device=devices[0] if n_workers == 1 else "cpu", rerank=rerank)
+    model = _approximate(model) if approximate else model
     n_samples, n_labels = dataset.split(split).n_samples, model.sizes.n_labels
     choice = Choice.read(n_samples, n_labels, model.label_names, restrict=restrict, exclude=exclude)
     k = choice.default_k(n_labels) if k is None else k
@@ -109,6 +114,7 @@ def predict(
                         split=split,
                         repetitions=model.table.repetitions,
                         rerank=model.reranker is not None,
+                        approximate=approximate,
                         device=devices[worker % len(devices)],
                         threads=max(1, (os.cpu_count() or 1) // n_workers),
                         parts=replace(parts, out=parts.out.resolve()),
@@ -143,11 +149,16 @@ def _work(work: Work) -> None:
     """Write one worker's parts."""
     torch.set_num_threads(work.threads)
     model: Model = Run.open(work.run).load(work.repetitions, device=work.device, rerank=work.rerank)
+    model = _approximate(model) if work.approximate else model
     samples = Dataset.open(work.data).split(work.split)
     choice = Choice.read(samples.n_samples, model.sizes.n_labels, model.label_names, restrict=work.restrict, exclude=work.exclude)
     with Stop(work.stop) as stop:
         for _ in write_parts(model, samples, work.parts, _until(stop, work.some), choice):
             pass
+
+
+def _approximate(model: Model) -> Model:
+    return replace(model, products=resolve_precision(model.config.precision, model.device))
 
 
 def _until(stop: Stop, some: Sequence[int]) -> Iterator[int]:

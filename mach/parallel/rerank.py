@@ -69,7 +69,7 @@ def rerank(
         lists.unlink()  # of other settings, or of fewer repetitions
     if not lists.exists():
         with progress_bar("shortlists", shown=progress) as tell:
-            how: dict[str, Any] = {"split": "train", "k": listed, "rerank": False}
+            how: dict[str, Any] = {"split": "train", "k": listed, "rerank": False, "approximate": True}
             predict(run.path, dataset.path, lists, **how, device=device, workers=workers, progress=tell)
     listed_s = time.perf_counter() - began
     train, held = dataset.split("train"), held_out_rows(run.config, dataset)

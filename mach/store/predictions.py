@@ -214,6 +214,8 @@ def plan(
     facts = job_facts(model.table.repetitions, dataset.fingerprint, split, n_samples, k, estimator, run_key) | choice.facts
     if model.reranker is not None and estimator == DEFAULT_ESTIMATOR:
         facts["reranker"] = model.reranker.key
+    if model.products is not None:
+        facts["products"] = str(model.products)
     facts |= {} if trust is None else trust.facts
     return Parts(Path(out), facts, cuts(0, n_samples), trust=trust)
 

@@ -18,7 +18,7 @@ from mach.model import Model
 from mach.parallel import calibrate, offline, train
 from mach.parallel.offline import predict
 from mach.store import predictions
-from mach.store.predictions import read_facts
+from mach.store.predictions import read_facts, read_predictions
 
 N, K = 60, 40
 
@@ -65,6 +65,27 @@ def test_two_workers_write_what_one_does(run, tiny, tmp_path):
     assert pq.ParquetFile(tmp_path / "two").num_row_groups == 6
     assert done[0] == (0, N) and done[-1] == (N, N) and done.count((0, N)) >= 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("table", ["hashed", "identity"])
+def test_approximate_scores_are_of_products_in_the_type_of_training(tiny, tmp_path, table):
+    sizes = {"hashed": {"buckets": 13, "repetitions": 3}, "identity": {}}[table]
+    config = Config(table=table, hidden=8, epochs=1, batch_size=100, rerank=0, precision="bfloat16", head_precision="float32")
+    train(config.replace(**sizes), tiny, tmp_path / "run")
+    for name, how in (("exact", {}), ("near", {"approximate": True}), ("two", {"approximate": True, "workers": 2})):
+        predict(tmp_path / "run", tiny.path, tmp_path / name, k=K, **how)
+    exact, near = scores_by_label(tmp_path / "exact"), scores_by_label(tmp_path / "near")
+    assert not np.array_equal(exact, near) and np.allclose(exact, near, rtol=0.02, atol=0.02)
+    assert (tmp_path / "near").read_bytes() == (tmp_path / "two").read_bytes()
+    assert read_facts(tmp_path / "near")["products"] == "torch.bfloat16" and "products" not in read_facts(tmp_path / "exact")
+
+
+def scores_by_label(path):
+    """Give the scores (N, K) of a prediction file that holds every label of every sample."""
+    scores_NK = np.empty((N, K), np.float32)
+    for rows, top in read_predictions(path):
+        scores_NK[rows[:, None], top.labels] = top.scores
+    return scores_NK
 
 
 @pytest.mark.parametrize("wanted", [{"probabilities": True}, {"precision": 0.2}, {"min_probability": 0.2}])
