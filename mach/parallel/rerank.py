@@ -88,13 +88,8 @@ def rerank(
                 with progress_bar("near labels", shown=progress) as tell:
                     near_N = _near(run.path / NEAR, nearest, features, used_N, lists, _told(run, stop, tell))
         with progress_bar("re-ranker", shown=progress) as tell:
-            fits = [
-                fit_margins(
-                    features, train.labels, lambda: _shortlists(lists, used_N, near_N), cost=cost,
-                    progress=_told(run, stop, tell, i, len(costs)),
-                )
-                for i, cost in enumerate(costs)
-            ]  # fmt: skip
+            told = _told(run, stop, tell)
+            fits = fit_margins(features, train.labels, lambda: _shortlists(lists, used_N, near_N), costs=costs, progress=told)
     with progress_bar("networks", shown=progress and heard is not None):
         choice = judge.best(fits, weight, heard, near) if judge else Choice(0, weight, None)
     opinions = None if choice.network is None or heard is None else Opinions(*heard, choice.network, near.shape[1])
@@ -154,11 +149,11 @@ def _near(
     return np.memmap(path, np.int32, "r").reshape(len(features), -1)
 
 
-def _told(run: Run, stop: Stop, tell: Callable[[int, int], None], i: int = 0, n: int = 1) -> Callable[[int, int], None]:
-    """Give what the i-th of n equal parts of a job calls with (done, total): it tells, and raises Stopped if that is asked."""
+def _told(run: Run, stop: Stop, tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Give what a job calls with (done, total): it tells, and raises Stopped if that is asked."""
 
     def told(done: int, total: int) -> None:
-        tell(i * total + done, n * total)
+        tell(done, total)
         if stop.asked and done < total:
             raise Stopped(f"{run.path}: stopped while the re-ranker was fitted", stop.status)
 

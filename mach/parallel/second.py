@@ -55,7 +55,7 @@ class Second:
 
     parameters: int
     bytes: int  # of its file
-    lists_bytes: int  # of the shortlists
+    lists_bytes: int  # of the shortlists, by products in float32; in bfloat16 their scores take half
     disk_bytes: int  # at its fullest: these twice, as their parts are joined, or once beside what is near and its file
     peak_bytes: int  # of the process that has trained all repetitions and fits it
 

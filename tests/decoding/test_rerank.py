@@ -46,18 +46,25 @@ def dense(found: SparseWeights) -> np.ndarray:
 
 
 def fitted(features, labels, parts, *, cost=1.0, **how):
-    return fit_margins(features, labels, lambda: parts, cost=cost, **how)
+    return fit_margins(features, labels, lambda: parts, costs=(cost,), **how)[0]
 
 
 def same(one: SparseWeights, other: SparseWeights) -> bool:
     return Reranker(one, 4, 1.5).key == Reranker(other, 4, 1.5).key
 
 
-@pytest.mark.parametrize("cost", [0.05, 0.2, 2.0])
-def test_each_label_is_solved_as_a_linear_svm(data, monkeypatch, cost):
-    features, labels, truth, listed = data
+@pytest.mark.parametrize("costs", [(0.05, 0.2, 2.0), (0.2,), (2.0, 0.05)])
+def test_each_label_is_solved_as_a_linear_svm_for_each_cost(data, monkeypatch, costs):
+    features, labels, _, listed = data
     monkeypatch.setattr(fit, "SMALLEST", 1e-12)
-    found = fitted(features, labels, [(np.arange(N), listed)], cost=cost)
+    found = fit_margins(features, labels, lambda: [(np.arange(N), listed)], costs=costs)
+    assert len(found) == len(costs)
+    for cost, weights in zip(costs, found, strict=True):
+        check_solved(data, weights, cost)
+
+
+def check_solved(data, found: SparseWeights, cost: float) -> None:
+    features, _, truth, listed = data
     W, X = dense(found), scaled(features)
 
     def loss(w, b, rows, y):

@@ -99,7 +99,7 @@ def test_the_estimate_is_near_what_is_written(tiny, tmp_path, monkeypatch):
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(rerank_module, "fit_margins", fitted)
-    config = Config(buckets=13, repetitions=2, hidden=8, epochs=2, batch_size=50)
+    config = Config(buckets=13, repetitions=2, hidden=8, epochs=2, batch_size=50, precision="float32")
     train(config, tiny, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     found, record = second_stage(config, run.sizes, Samples.of(tiny)), reranker_record(run.path)

@@ -261,7 +261,7 @@ def measure(dataset: Dataset, out: Path, config: mach.Config, depths: list[int])
             for some in chunks(len(listed), 1 << 15):
                 yield some, listed[some].astype(np.int64)
 
-        linear = fit_margins(train, labels, parts, cost=DEFAULT_COST)
+        linear = fit_margins(train, labels, parts, costs=(DEFAULT_COST,))[0]
         seconds = time.perf_counter() - began
         margins = linear.margins(features, top.labels[:, :depth].astype(np.int64))
         bytes_ = 6 * len(linear.values) + 4 * len(linear.bias) + linear.indptr.nbytes

@@ -87,7 +87,7 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
     gains: dict[object, list[np.ndarray]] = {}
     usual = []
     for what, labels, found in (("decoded", lists, near[:, :0]), ("near", np.concatenate([lists, beside], 1), near)):
-        fits = [fit_margins(train.features, train.labels, lambda labels=labels: [(fitted, labels)], cost=cost) for cost in COSTS]
+        fits = fit_margins(train.features, train.labels, lambda labels=labels: [(fitted, labels)], costs=COSTS)
         for choose, rest in (halves, halves[::-1]):
             given = part(rest), fits, heard, found[rest]
             if what == "decoded":

@@ -64,7 +64,7 @@ def measure(source: Path, out: Path, seed: int) -> None:
         for listed in (DEPTH, DEPTH + mean, 2 * DEPTH + mean):
             lists = long[:, : min(listed, long.shape[1])]
             began = time.perf_counter()
-            found = fit_margins(train.features, train.labels, lambda lists=lists: [(fitted, lists)], cost=cost)
+            found = fit_margins(train.features, train.labels, lambda lists=lists: [(fitted, lists)], costs=(cost,))[0]
             seconds = time.perf_counter() - began
             margins = found.margins(features, top.labels[:, :DEPTH])
             scores, n_true = top.scores[:, :DEPTH] / R, np.diff(truth.indptr)

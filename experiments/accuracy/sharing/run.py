@@ -168,7 +168,7 @@ def measure(way: Way, dataset: Dataset, out: Path, config: mach.Config) -> dict[
 
     top = decode(parts, features, min(LISTED, dataset.n_labels))
     lists = decode(parts, take(split.features, fitted), min(DEPTH + mean, dataset.n_labels)).labels
-    weights = fit_margins(split.features, split.labels, lambda: [(fitted, lists)], cost=DEFAULT_COST)
+    weights = fit_margins(split.features, split.labels, lambda: [(fitted, lists)], costs=(DEFAULT_COST,))[0]
     second = Reranker(weights, DEPTH, DEFAULT_WEIGHT)
     found = figures(top.labels)
     found |= {f"both {name}": value for name, value in figures(second.rerank(features, top, LISTED, R).labels).items()}

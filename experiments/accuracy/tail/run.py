@@ -164,7 +164,7 @@ def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config,
 
     def second_stage(model: mach.Model, X: CSR, Y: CSR, depth: int = DEPTHS[0]) -> Reranker:
         lists = decode(model, X, min(K, listed - DEPTHS[0] + depth)).labels
-        return Reranker(fit_margins(X, Y, lambda: [(np.arange(len(X)), lists)], cost=DEFAULT_COST), depth, DEFAULT_WEIGHT)
+        return Reranker(fit_margins(X, Y, lambda: [(np.arange(len(X)), lists)], costs=(DEFAULT_COST,))[0], depth, DEFAULT_WEIGHT)
 
     top = decode(model, features, min(LISTED, K))
     found["one stage"] = figures(top.labels)

@@ -11,7 +11,7 @@ from shortlists instead of all samples are what trees train their last level on 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from mach.decoding.rerank.linear import SparseWeights
 from mach.kernels import N_THREADS, bits_of, in_threads, jit, jit_ieee
 
 Array = npt.NDArray[np.generic]
+Found = tuple[Array, Array, Array, Array]  # entries a label, their features, their values, biases: of a run of labels
 Shortlists = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]  # rows (n,), labels (n, m)
 
 SMALLEST = 0.05  # weights nearer to zero are dropped: a quarter of them is left, and no accuracy lost
@@ -37,13 +38,14 @@ def fit_margins(
     labels: CSR,
     shortlists: Callable[[], Shortlists],
     *,
-    cost: float,
+    costs: Sequence[float],
     pairs: int = PAIRS,
     progress: Callable[[int, int], None] | None = None,
-) -> SparseWeights:
-    """Fit the weights of K labels on N samples with F features.
+) -> list[SparseWeights]:
+    """Fit the weights of K labels on N samples with F features, once for each of some costs.
 
-    Args:   shortlists, gives parts of (row numbers, their shortlists (n, m)) anew each time it is called, once a block of labels;
+    Args:   costs, best rising: a label's solution for one is where the search for the next begins.
+            shortlists, gives parts of (row numbers, their shortlists (n, m)) anew each time it is called, once a block of labels;
             samples that are in none of them are not trained on, not even as positives. A label of -1 is none.
             pairs, how many of (label, sample) are held at once: labels are done in blocks that have no more, or one by one.
             progress(labels done, K).
@@ -55,7 +57,7 @@ def fit_margins(
         used[rows] = True
         _count(rows, listed, label_indptr, label_indices, counts)
     fixed = scales_of(features)
-    found: list[tuple[Array, ...]] = []
+    found: list[list[Found]] = [[] for _ in costs]
     for low, high in blocks(counts, pairs):
         starts = np.zeros(high - low + 1, np.int64)
         np.cumsum(counts[low:high], out=starts[1:])
@@ -64,13 +66,19 @@ def fit_margins(
         n_positive = at - starts[:-1]
         for rows, listed in shortlists():
             _negatives(rows, listed, label_indptr, label_indices, low, high, at, samples)
-        found += _solve(fixed, features.n_columns, samples, starts, n_positive, low, cost)
+        for part in _solve(fixed, features.n_columns, samples, starts, n_positive, low, np.array(costs)):
+            for of_cost, one in zip(found, part, strict=True):
+                of_cost.append(one)
         if progress is not None:
             progress(high, n_labels)
-    ends = np.zeros(n_labels + 1, np.int64)
-    np.cumsum(np.concatenate([part[0] for part in found]), out=ends[1:])
-    joined = [np.concatenate([part[i] for part in found]) for i in (1, 2, 3)]
-    return SparseWeights(ends, joined[0], joined[1], joined[2], features.n_columns)
+    return [_joined(parts, features.n_columns) for parts in found]
+
+
+def _joined(parts: list[Found], n_features: int) -> SparseWeights:
+    counts, features, values, bias = (np.concatenate([part[i] for part in parts]) for i in range(4))
+    ends = np.zeros(len(bias) + 1, np.int64)
+    np.cumsum(counts, out=ends[1:])
+    return SparseWeights(ends, features, values, bias, n_features)
 
 
 def blocks(counts: npt.NDArray[np.int64], pairs: int) -> list[tuple[int, int]]:
@@ -106,19 +114,19 @@ def all_positives(labels: CSR, used_N: npt.NDArray[np.bool_]) -> tuple[npt.NDArr
 
 def _solve(
     fixed: tuple[Array, Array, Array, Array], n_features: int, samples: Array, starts: Array, n_positive: Array, first: int,
-    cost: float,
-) -> list[tuple[Array, ...]]:  # fmt: skip
-    """Solve a block of labels in threads; give (entries a label, their features, their values, biases) of each run of them."""
+    costs: Array,
+) -> list[list[Found]]:  # fmt: skip
+    """Solve a block of labels in threads; give what is found for each cost, of each run of them."""
     n_labels = len(n_positive)
     at = np.searchsorted(starts, np.linspace(0, starts[-1], TASKS_A_THREAD * N_THREADS + 1)[1:-1])
     cuts = list(itertools.pairwise(sorted({0, *np.minimum(at, n_labels).tolist(), n_labels})))
-    parts: list[tuple[Array, ...]] = [()] * len(cuts)
+    parts: list[list[Found]] = [[]] * len(cuts)
     indptr, indices, values, scales = fixed
 
     def solve(i: int) -> None:
         low, high = cuts[i]
         parts[i] = _fit(
-            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, cost, SMALLEST
+            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, costs, SMALLEST
         )  # fmt: skip
 
     in_threads(solve, [(i,) for i in range(len(cuts))], N_THREADS)
@@ -183,47 +191,53 @@ def _negatives(
 @jit_ieee
 def _fit(
     indptr: Array, indices: Array, values: Array, scales: Array, n_features: int, samples: Array, starts: Array,
-    n_positive: Array, first: int, low: int, high: int, cost: float, smallest: float,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Solve the labels [low, high) of a block whose first is `first`; keep what is not near zero."""
+    n_positive: Array, first: int, low: int, high: int, costs: Array, smallest: float,
+) -> list[Found]:  # fmt: skip
+    """Solve the labels [low, high) of a block whose first is `first`, for each cost; keep what is not near zero."""
     weights = np.zeros(n_features + 1, np.float32)  # the bias is the last, the weight of a feature that is always one
-    counts, bias = np.zeros(high - low, np.int64), np.full(high - low, np.float32(UNSEEN))
-    features, kept, size = np.empty(1024, np.int32), np.empty(1024, np.uint16), 0
+    met, seen = np.empty(n_features, np.int32), np.zeros(n_features, np.bool_)
+    counts, bias = np.zeros((len(costs), high - low), np.int64), np.full((len(costs), high - low), np.float32(UNSEEN))
+    features, kept = [np.empty(1024, np.int32) for _ in costs], [np.empty(1024, np.uint16) for _ in costs]
+    size = np.zeros(len(costs), np.int64)
     for label in range(low, high):
         if n_positive[label] == 0:
             continue
         rows = samples[starts[label] : starts[label + 1]]
-        duals = _descend(indptr, indices, values, scales, rows, n_positive[label], cost, first + label, weights)
-        begin = size
-        for j in range(len(rows)):
-            if duals[j] == 0:
-                continue
-            for i in range(indptr[rows[j]], indptr[rows[j] + 1]):
-                weight = weights[indices[i]]
-                if abs(weight) >= smallest:
-                    if size == len(features):
-                        features = np.concatenate((features, np.empty(size, np.int32)))
-                        kept = np.concatenate((kept, np.empty(size, np.uint16)))
-                    features[size] = indices[i]
-                    kept[size] = bits_of(weight)
-                    size += 1
+        duals = np.zeros(len(rows), np.float32)
+        for c in range(len(costs)):
+            _descend(indptr, indices, values, scales, rows, n_positive[label], costs[c], first + label, weights, duals)
+            n_met = 0
+            for j in range(len(rows)):
+                if duals[j] != 0:
+                    for i in range(indptr[rows[j]], indptr[rows[j] + 1]):
+                        feature = indices[i]
+                        if not seen[feature] and abs(weights[feature]) >= smallest:
+                            seen[feature], met[n_met] = True, feature
+                            n_met += 1
+            need = size[c] + n_met
+            if need > len(kept[c]):
+                more = max(need - len(kept[c]), len(kept[c]))
+                features[c] = np.concatenate((features[c], np.empty(more, np.int32)))
+                kept[c] = np.concatenate((kept[c], np.empty(more, np.uint16)))
+            for i, feature in enumerate(np.sort(met[:n_met])):
+                features[c][size[c] + i], kept[c][size[c] + i], seen[feature] = feature, bits_of(weights[feature]), False
+            size[c] = need
+            counts[c, label - low], bias[c, label - low] = n_met, weights[n_features]
+        for row in rows:
+            for i in range(indptr[row], indptr[row + 1]):
                 weights[indices[i]] = 0
-        order = np.argsort(features[begin:size])
-        features[begin:size] = features[begin:size][order]
-        kept[begin:size] = kept[begin:size][order]
-        counts[label - low], bias[label - low] = size - begin, weights[n_features]
         weights[n_features] = 0
-    return counts, features[:size].copy(), kept[:size].copy(), bias
+    return [(counts[c], features[c][: size[c]].copy(), kept[c][: size[c]].copy(), bias[c]) for c in range(len(costs))]
 
 
 @jit_ieee
 def _descend(
     indptr: Array, indices: Array, values: Array, scales: Array, rows: Array, n_positive: int, cost: float, seed: int,
-    weights: Array,
-) -> Array:  # fmt: skip
-    """Solve one label into `weights`, which come as zeros; give the dual variable of each pair."""
+    weights: Array, duals: Array,
+) -> None:  # fmt: skip
+    """Solve one label for a cost, from weights and the dual variable of each pair that belong together; leave others there."""
     n, ridge, state = len(rows), np.float32(0.5 / cost), np.uint64(seed)
-    duals, order = np.zeros(n, np.float32), np.arange(n)
+    order = np.arange(n)
     active, highest = n, np.float32(np.inf)
     for _ in range(PASSES):
         for i in range(active - 1, 0, -1):
@@ -263,4 +277,3 @@ def _descend(
             active, highest = n, np.float32(np.inf)
         else:
             highest = most if most > 0 else np.float32(np.inf)
-    return duals
