@@ -94,7 +94,8 @@ class Judge:
     def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None, near: Ints) -> list[tuple[Choice, Floats]]:
         """Give ways to order labels, and what each sample gains by them, its nDCG@5: sums, and networks.
 
-        Networks are trained where the best sum is, and judged on samples that they have not seen.
+        Networks are judged on samples that they have not seen. They are trained over the margins of the best sum first, and
+        over others only where they beat all sums.
 
         Args: weight, of margins in the first sum; heard, prototypes and number of samples of the labels, None if no other
               sum is wanted; near, as `near` gives it.
@@ -118,9 +119,12 @@ class Judge:
             network = sum_of((1, margin, margin * share, 0, 0, 0, 0))
             choice = Choice(i, margin, network if share or near.shape[1] else None)
             found.append((choice, gained(network.scores(opinions))))
-        i = max(found, key=lambda each: float(each[1].mean()))[0].which
-        network, unseen = fit_network(told[i], is_candidate, right)
-        return [*found, (Choice(i, 0.0, network), gained(unseen))]
+        for i in dict.fromkeys(choice.which for choice, _ in sorted(found, key=lambda each: -float(each[1].mean()))):
+            network, unseen = fit_network(told[i], is_candidate, right)
+            found.append((Choice(i, 0.0, network), gained(unseen)))
+            if best_of([gained_N for _, gained_N in found]) != len(found) - 1:
+                break
+        return found
 
     def _right(self, labels: Ints) -> Bools:
         """Tell which labels are true of their samples; -1 is the end of a list."""

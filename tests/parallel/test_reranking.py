@@ -16,6 +16,7 @@ from mach.decoding.rerank import DEFAULT_WEIGHT, Nearest, Opinions, Reranker, Sp
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.inspect.ask import ask
 from mach.kernels import bits_of
+from mach.parallel import judge as judge_module
 from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
 from mach.parallel.judge import Judge
@@ -303,3 +304,14 @@ def test_dense_features_and_the_full_head_have_none_by_default(tiny, tiny_dense,
     X = tiny.split("test").features
     decoded = dataclasses.replace(model, reranker=None).predict_topk(X, 5)
     assert np.array_equal(model.predict_topk(X, 3).labels, model.reranker.rerank(X, decoded, 3, 1).labels)
+
+
+def test_networks_are_trained_over_other_margins_only_where_they_beat_all_sums(monkeypatch):
+    trained, real = [], judge_module.fit_network
+    monkeypatch.setattr(judge_module, "fit_network", lambda *given: trained.append(0) or real(*given))
+    for right_of, n in ((lambda logits, m, p: logits + 3 * m > 4, 1), (lambda logits, m, p: (m > 0.5) & (p < 1), 2)):
+        trained.clear()
+        judge, fits, heard = planted_judge(right_of)
+        tried = judge.tried(fits, 1.5, heard, np.empty((400, 0), np.int64))
+        assert len(trained) == n and len(tried) == 2 + 2 * 7 * 5 + n
+        assert tried[2 + 2 * 7 * 5][0].which == 1  # where the best sum is
