@@ -46,14 +46,9 @@ def keeps_copy(n_weights: int, *, products: torch.dtype, storage: torch.dtype) -
     return storage not in NARROW and storage != products and n_weights * products.itemsize <= COPY_BYTES
 
 
-def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype, storage: torch.dtype, n_weights: int = 0) -> int:
-    """Give the bytes that a bucket of a chunk takes in a step: outputs, passes that tell the loss, gradient.
-
-    And its weights in the type of the products, where they are of another and no copy of all `n_weights` is kept.
-    """
-    is_made = storage != products and not keeps_copy(n_weights, products=products, storage=storage)
-    n_wide = 2 if is_made else 1
-    return n_samples * (products.itemsize + 3 * max(4, products.itemsize)) + n_wide * width * products.itemsize
+def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype) -> int:
+    """Give the bytes that a bucket of a chunk takes in a step: outputs, passes for the loss, gradient, weights for products."""
+    return n_samples * (products.itemsize + 3 * max(4, products.itemsize)) + 2 * width * products.itemsize
 
 
 class LinearHead:
@@ -167,12 +162,10 @@ class LinearHead:
 
     def _widened(self, chunk: slice, dtype: torch.dtype) -> Tensor:
         """Give a chunk of the weights (R, C, D) as numbers of a type; in a room that the next call uses again, if need be."""
-        if self.weight.dtype == dtype:
-            return self.weight[:, chunk]
-        if self._low is not None and self._low.dtype == dtype:
-            return self._low[:, chunk]
-        part = self.weight[:, chunk]
-        return widen(part, self._room("weight", dtype, *part.shape))
+        part = (self._low if self._low is not None and self._low.dtype == dtype else self.weight)[:, chunk]
+        if part.dtype == dtype and (part.is_contiguous() or part.device.type != "cpu"):
+            return part
+        return widen(part, self._room("weight", dtype, *part.shape))  # products of what lies apart take twice as long on a CPU
 
     def _room(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Give memory of a shape, of no certain content: the same one each time, as long as it is large enough."""
@@ -183,9 +176,9 @@ class LinearHead:
 
     def _chunks(self, n_samples: int, products: torch.dtype) -> Iterator[slice]:
         R, B, D = self.weight.shape
-        storage, n_weights = self.weight.dtype, self.weight.numel()
-        each = bucket_bytes(n_samples, D, products=products, storage=storage, n_weights=n_weights)
-        width = max(1, self.chunk_bytes // (R * each))
+        each = bucket_bytes(n_samples, D, products=products)
+        n_chunks = -(-B // max(1, self.chunk_bytes // (R * each)))
+        width = -(-B // n_chunks)
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 
     def _outputs(self, hidden_RND: Tensor, weight_RCD: Tensor, chunk: slice, room: str = "outputs 0") -> Tensor:

@@ -44,8 +44,8 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     )  # fmt: skip
     table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     stays = one.training_bytes - one.table_bytes + table
-    types = _types(config, products)
-    copy = products.itemsize * B * width if linear.keeps_copy(n * B * width, **types) else 0
+    keeps_copy = linear.keeps_copy(n * B * width, products=products, storage=_storage(config))
+    copy = products.itemsize * B * width if keeps_copy else 0
     slots = 4 * B if config.compensated else 0
     beside = one.weight_bytes if n > 1 else 0
     return (
@@ -59,18 +59,17 @@ def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) ->
     B, D, N = sizes.n_buckets, config.hidden, config.batch_size
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
     hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
-    budget, types = config.head_memory << 20 or linear.CHUNK_BYTES[device.type], _types(config, products)
-    samples = config.head_batch_size or N
-    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, n_weights=n * B * width, **types))
+    budget, samples = config.head_memory << 20 or linear.CHUNK_BYTES[device.type], config.head_batch_size or N
+    chunk = min(budget, n * B * linear.bucket_bytes(samples, width, products=products))
     if config.precision == "float8":
         hidden += n * samples * width * (1 + products.itemsize)  # rounded, and widened again
-    drawn = 8 * min(DRAWN, B * width) if types["storage"] in NARROW else 0  # in float32, to be rounded
+    drawn = 8 * min(DRAWN, B * width) if _storage(config) in NARROW else 0  # in float32, to be rounded
     by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
     return hidden + max(chunk + by_torch, drawn)
 
 
-def _types(config: Config, products: torch.dtype) -> dict[str, Any]:
-    return {"products": products, "storage": STORAGE.get(config.head_storage(), torch.float32)}
+def _storage(config: Config) -> torch.dtype:
+    return STORAGE.get(config.head_storage(), torch.float32)
 
 
 def group_size(config: Config, sizes: Sizes, *, free_bytes: int, n_workers: int, device: torch.device) -> int:

@@ -48,7 +48,7 @@ def test_a_step_takes_its_budget_and_the_gradient_of_the_hidden_vectors(precisio
     optimizer.begin_step(rate=0.0, row_rate=0.0, head_rate=0.01)
     update = optimizer.begin_head(optimizer.update)
     peak = peak_of(lambda: head.step(hidden, positives, loss=loss, update=update, want_loss=True))
-    n_chunks = -(-K // ((MiB << 20) // bucket_bytes(N, D, products=products, storage=head.weight.dtype)))
+    n_chunks = -(-K // ((MiB << 20) // bucket_bytes(N, D, products=products)))
     of_hidden = 4 * N * D * 4  # their gradient, a chunk's part of it, the vectors over N
     small = (64 << 10) + 8 * N * n_chunks * (loss == "softmax")  # biases, positives, one number a chunk and sample
     assert (MiB << 20) / 3 < peak <= (MiB << 20) * 1.1 + of_hidden + small

@@ -28,10 +28,10 @@ def positives_of(is_positive_RNB):
     return Positives.of(csr, CPU)
 
 
-def bytes_for(width, hidden, products=None, storage=None):
+def bytes_for(width, hidden, products=None):
     """Give the bytes of a chunk so many buckets wide."""
-    (R, N, D), dtype = hidden.shape, products or hidden.dtype
-    return width * R * bucket_bytes(N, D, products=dtype, storage=storage or dtype)
+    R, N, D = hidden.shape
+    return width * R * bucket_bytes(N, D, products=hidden.dtype)
 
 
 def loss_reference(z_NB, is_positive_NB, loss):
@@ -162,7 +162,7 @@ def test_a_step_from_narrow_storage_equals_autograd_over_the_stored_numbers(prob
     hidden, weight, bias, is_positive = problem
     stored = narrow(weight, precision)
     truth = reference(hidden, widen(stored, torch.empty_like(weight)), bias, is_positive, loss)
-    chunk_bytes = bytes_for(width, hidden, storage=stored.dtype)
+    chunk_bytes = bytes_for(width, hidden)
     found = step(hidden, stored.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes)
     for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -177,7 +177,7 @@ def test_gradients_stay_wide_whatever_the_storage_and_no_copy_is_handed_out(loss
     hidden, weight, bias = (torch.from_numpy(rng.normal(size=s)).float() for s in ((3, 16, 8), (3, 40, 8), (3, 40)))
     hidden, stored, copies = hidden.to(products), narrow(weight, precision), []
     exact = widen(stored, torch.empty(weight.shape, dtype=torch.float64))
-    head = LinearHead(stored, bias, chunk_bytes=bytes_for(7, hidden, storage=stored.dtype))
+    head = LinearHead(stored, bias, chunk_bytes=bytes_for(7, hidden))
     positives = positives_of(is_positive)
     gradient, value = head.step(
         hidden, positives, loss=loss, update=lambda name, part, g, copy: copies.append(copy), want_loss=True
@@ -198,7 +198,7 @@ def test_logits_of_every_storage_are_taken_in_the_type_asked_for(precision, R):
     exact = widen(stored, torch.empty(weight.shape, dtype=torch.float64))
     truth = torch.einsum("rnd,rbd->nrb", hidden.double(), exact) + bias.double()
     for width in (1, 4, 100):
-        head = LinearHead(stored, bias, chunk_bytes=bytes_for(width, hidden, storage=stored.dtype))
+        head = LinearHead(stored, bias, chunk_bytes=bytes_for(width, hidden))
         found = head.logits(hidden)
         assert found.shape == (4, R, 23) and found.is_contiguous() and found.dtype == torch.float32
         torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
@@ -240,7 +240,7 @@ def test_products_in_bfloat16_err_by_its_rounding_only(problem, loss, width):
     hidden, weight, bias, is_positive = problem
     low, weight = hidden.bfloat16(), weight.bfloat16().float()
     truth = reference(low.double(), weight.double(), bias.float().double(), is_positive, loss)
-    chunk_bytes = bytes_for(width, low, storage=torch.float32)
+    chunk_bytes = bytes_for(width, low)
     found = step(low, weight.clone(), bias.float(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes)
     assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.float32, torch.float32]
     outputs = float(torch.einsum("rnd,rbd->rnb", low.double(), weight.double()).abs().max()) + float(bias.abs().max())
@@ -253,7 +253,7 @@ def test_the_copy_for_the_products_is_the_callers_to_renew():
     """The head makes it once, hands it to `update` with each chunk, and multiplies by what it holds from then on."""
     weight, bias = torch.zeros(1, 6, 2), torch.zeros(1, 6)
     hidden, none = torch.ones(1, 1, 2).bfloat16(), positives_of(np.zeros((1, 1, 6), bool))
-    head = LinearHead(weight, bias, chunk_bytes=bytes_for(2, hidden, storage=torch.float32))
+    head = LinearHead(weight, bias, chunk_bytes=bytes_for(2, hidden))
     copies = []
 
     def update(name, buckets, gradient, copy):
@@ -298,3 +298,15 @@ def test_a_bias_gets_the_sum_over_all_samples(dtype, N, C):
     found = _sum_over_samples(z, torch.float32)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, z.double().sum(1).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_chunks_are_even_and_their_weights_lie_together():
+    """Products of parts that lie apart take twice as long on a CPU, and a small last chunk nearly as long as a large one."""
+    weight, hidden = torch.randn(3, 20, 4), torch.randn(3, 5, 4)
+    head = LinearHead(weight, torch.zeros(3, 20), chunk_bytes=bytes_for(9, hidden))
+    chunks = list(head._chunks(5, torch.float32))
+    assert [(c.start, c.stop) for c in chunks] == [(0, 7), (7, 14), (14, 20)]
+    for chunk in chunks:
+        part = head._widened(chunk, torch.float32)
+        assert part.is_contiguous() and torch.equal(part, weight[:, chunk])
+    assert head._widened(slice(0, 20), torch.float32).data_ptr() == weight.data_ptr()  # no copy of what is whole

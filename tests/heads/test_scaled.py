@@ -101,7 +101,7 @@ def test_a_step_of_such_outputs_is_autograds_straight_through(problem, loss, wid
     stored = narrow(weight, "float8")
     seen = scaled(hidden).widened(torch.float64)
     truth = reference(hidden, widen(stored, torch.empty_like(weight)), bias, is_positive, loss, seen)
-    chunk_bytes = bytes_for(width, hidden, storage=FLOAT8)
+    chunk_bytes = bytes_for(width, hidden)
     found = step(hidden, stored.clone(), bias.clone(), positives_of(is_positive), loss, chunk_bytes=chunk_bytes, in_float8=True)
     for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

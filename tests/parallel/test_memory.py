@@ -43,7 +43,7 @@ def test_the_bytes_of_a_group_are_counted_by_hand():
     moments = 4 * (1000 + 2 * (32 + 64 * 32 + 64))
     stays = 3 * (weights + moments + 500 + 2 * 64 * 32)  # the label table has a byte an entry
     hidden, outputs, gradient = 3 * 10 * 32 * 16, 3 * 10 * 64 * 2, 3 * 64 * 32 * 2
-    comes_and_goes = weights + hidden + outputs * (1 + 3 * 2) + gradient + (2 << 20)
+    comes_and_goes = weights + hidden + outputs * (1 + 3 * 2) + 2 * gradient + (2 << 20)  # a chunk of the weights lies apart
     assert group_bytes(config, SIZES, 3, device=CPU) == memory.PROCESS_BYTES + stays + comes_and_goes
 
 

@@ -101,7 +101,7 @@ def test_dense_features_too(ranks, tiny_dense):
 
 
 def test_more_chunks_than_are_late(ranks, tiny, monkeypatch):
-    three = 3 * linear.bucket_bytes(33, 16, products=torch.float64, storage=torch.float64)
+    three = 3 * linear.bucket_bytes(33, 16, products=torch.float64)
     monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", three)
     assert_like_one(ranks, 2, SMALL.replace(loss="softmax"), tiny)
 
@@ -176,7 +176,7 @@ def test_the_gradient_is_told_complete_before_the_last_chunks_are_updated():
     events = []
     none = torch.zeros(0, dtype=torch.int64)
     positives = linear.Positives(none, none, none, torch.zeros(1, 3, dtype=torch.int64))
-    two = 2 * linear.bucket_bytes(3, 4, products=torch.float32, storage=torch.float32)
+    two = 2 * linear.bucket_bytes(3, 4, products=torch.float32)
     head = LinearHead(weight, bias, chunk_bytes=two)
     gradient, _ = head.step(
         hidden, positives, loss="logistic", want_loss=False,
