@@ -109,18 +109,18 @@ class Judge:
         if heard is None:
             return found
         right = np.concatenate([right, self._right(near)], 1)
-        is_candidate = np.concatenate([labels, near], 1) >= 0
+        told = [hear(self.features, labels, logits, near, each, *heard) for each in fits]
+        is_candidate = told[0][1]  # the same whatever the margins
 
         def gained(scores: npt.NDArray[np.float32]) -> Floats:
             return ndcg(np.where(is_candidate, scores, -np.inf), right, n_true_N)
 
-        told = [hear(self.features, labels, logits, near, each, *heard)[0] for each in fits]
-        for (i, opinions), margin, share in itertools.product(enumerate(told), WEIGHTS, SHARES):
+        for (i, (opinions, _)), margin, share in itertools.product(enumerate(told), WEIGHTS, SHARES):
             network = sum_of((1, margin, margin * share, 0, 0, 0, 0))
             choice = Choice(i, margin, network if share or near.shape[1] else None)
             found.append((choice, gained(network.scores(opinions))))
         for i in dict.fromkeys(choice.which for choice, _ in sorted(found, key=lambda each: -float(each[1].mean()))):
-            network, unseen = fit_network(told[i], is_candidate, right)
+            network, unseen = fit_network(told[i][0], is_candidate, right)
             found.append((Choice(i, 0.0, network), gained(unseen)))
             if best_of([gained_N for _, gained_N in found]) != len(found) - 1:
                 break
