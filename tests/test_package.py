@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -42,12 +44,28 @@ def test_importing_the_package_loads_nothing_heavy():
     assert python(f"{code}; print(*sorted(set({HEAVY}) & set(sys.modules)))") == ""
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_how_long_idle_threads_spin_is_set_before_torch_loads_unless_the_user_has(monkeypatch, given, kept):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert python("import os, sys, mach; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)") == f"{kept} False"
+@pytest.mark.parametrize(("name", "ours"), [("GOMP_SPINCOUNT", "10000"), ("THP_MEM_ALLOC_ENABLE", "1")])
+@pytest.mark.parametrize("given", [None, "0"])
+def test_what_torch_reads_as_it_loads_is_set_before_unless_the_user_has(monkeypatch, name, ours, given):
+    if given is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, given)
+    assert python(f"import os, sys, mach; print(os.environ['{name}'], 'torch' in sys.modules)") == f"{given or ours} False"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the system has no huge pages")
+def test_a_large_tensor_asks_for_huge_pages(monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    code = """
+        import re, mach, torch
+        x = torch.empty(32 << 20, dtype=torch.uint8)
+        for part in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.MULTILINE)[1:]:
+            first, end = (int(address, 16) for address in part.split()[0].split("-"))
+            if first <= x.data_ptr() + (16 << 20) < end:
+                print("hg" in re.search("VmFlags:(.*)", part)[1].split())
+    """
+    assert python(textwrap.dedent(code)) == "True"
 
 
 @pytest.mark.parametrize("first", ["mach.parallel", "mach.train.loop", "mach.train"])
