@@ -16,9 +16,7 @@ __version__ = "0.1.0"
 
 # Read by torch when it loads, so before it; what the user has set stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # its idle threads would keep ours off the cores for ms
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # large tensors in huge pages, for rows read in no order
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages, for rows read in no order
 
 _WHERE = {
     "Calibration": "mach.calibration",

@@ -3,13 +3,15 @@
 An update of a weight is mostly far smaller than the step between two numbers of 16 or 8 bits: rounded to the nearest, it would be
 lost. Rounded up with the chance of its distance from below, it arrives on average.
 
-What decides is a random number u of 32 bits, a hash of (seed, step, repetition, row, column): no state, the same bits for any
-chunk, number of threads, device and backend. float8 is e4m3 and holds 32 times the weight: up to +-14, in steps of
-2**-14 near zero.
+What decides is a random number u of 32 bits: a hash of (seed, step, repetition, row), to which each column of the row adds the
+golden ratio's share of 2**32. So u is uniform for each weight and step, and the columns of a row spread theirs evenly, which is
+quicker than a hash a weight. No state, the same bits for any chunk, number of threads, device and backend. float8 is e4m3, of
+32 times the weight: up to +-14, in steps of 2**-14 near zero.
 
 Within kernels (numba) an array of bfloat16 is its bits, uint16, and one of float8 is its bits, uint8.
 Sources: Croci et al. 2022, R. Soc. Open Sci. 9:211631 (stochastic rounding); Micikevicius et al. 2022, arXiv:2209.05433 (e4m3);
-         Wellons 2018, "Prospecting for hash functions" (the mixing of 32 bits).
+         Wellons 2018, "Prospecting for hash functions" (the mixing of 32 bits); Kuipers & Niederreiter 1974, Uniform
+         Distribution of Sequences (multiples of the golden ratio).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from mach.kernels import array_of, bits_of, float_of, in_threads, jit, jit_ieee,
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_SCALE = 32  # times the weight is what is stored
 FLOAT8_MAX = 448
+BFLOAT16_MAX = np.float32(3.3895313892515355e38)
 STORAGE = {"bfloat16": torch.bfloat16, "float8": FLOAT8}  # what is not here keeps the type of the model
 NARROW = tuple(STORAGE.values())
 ROWS = 1 << 12  # that one thread widens at a time
@@ -94,7 +97,7 @@ def narrow_rows(weight_URD: Tensor, dtype: torch.dtype, keys: list[int], rows_U:
     places = rows_U[:, None] * R + torch.arange(R, device=rows_U.device)
     key_UR = torch.tensor([signed(k) for k in keys], dtype=torch.int32, device=rows_U.device)[places % len(keys)]
     row_UR1 = _mix(key_UR ^ _wrapped(places // len(keys) * GOLDEN))[:, :, None]
-    noise = _mix(row_UR1 + _wrapped(torch.arange(D, device=rows_U.device) * GOLDEN))
+    noise = row_UR1 + _wrapped(torch.arange(D, device=rows_U.device) * GOLDEN)
     bits = weight_URD.float().contiguous().view(torch.int32)
     return _to_bfloat16(bits, noise) if dtype == torch.bfloat16 else _to_float8(bits, noise)
 
@@ -104,7 +107,7 @@ def noise_of(keys: list[int], first: int, n_rows: int, width: int, device: torch
     key_R11 = torch.tensor([signed(k) for k in keys], dtype=torch.int32, device=device)[:, None, None]
     row_C1 = torch.arange(first, first + n_rows, device=device)[:, None]  # int64: a whole head may have more rows than int32
     row_RC1 = _mix(key_R11 ^ _wrapped(row_C1 * GOLDEN))
-    return _mix(row_RC1 + _wrapped(torch.arange(width, device=device) * GOLDEN))
+    return row_RC1 + _wrapped(torch.arange(width, device=device) * GOLDEN)
 
 
 def signed(x: int) -> int:
@@ -128,10 +131,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _to_bfloat16(bits: Tensor, u: Tensor) -> Tensor:
-    magnitude = bits & 0x7FFFFFFF
-    up = (magnitude + u.bitwise_and_(0xFFFF)).bitwise_right_shift_(16).clamp_(max=0x7F7F)
-    up = torch.where(magnitude < 0x7F800000, up, torch.where(magnitude == 0x7F800000, 0x7F80, 0x7FC0))
-    return (up | (bits >> 16).bitwise_and_(0x8000)).to(torch.int16).view(torch.bfloat16)
+    x = bits.view(torch.float32)
+    up = (bits + torch.where(x.abs() < float(BFLOAT16_MAX), (u >> 16).bitwise_and_(0xFFFF), 0)).bitwise_right_shift_(16)
+    return torch.where(x.isnan(), 0x7FC0, up).to(torch.int16).view(torch.bfloat16)
 
 
 def _to_float8(bits: Tensor, u: Tensor) -> Tensor:
@@ -177,15 +179,20 @@ def row_key(key: np.uint32, row: int) -> np.uint32:
 
 
 @jit
+def column_noise(key: np.uint32, d: int) -> np.uint32:
+    """Give the random bits of a column of a row whose key is given."""
+    return np.uint32(key + np.uint32(np.uint32(d) * np.uint32(GOLDEN)))
+
+
+@jit
 def bfloat16_bits(x: np.float32, u: np.uint32) -> np.uint16:
-    """Round to bfloat16, stochastically. What is finite stays so; infinity stays, and NaN."""
-    bits = np.float32(x).view(np.uint32)
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    up = np.uint32(np.uint32(magnitude + np.uint32(u & np.uint32(0xFFFF))) >> np.uint32(16))
-    up = min(up, np.uint32(0x7F7F))
-    up = up if magnitude < np.uint32(0x7F800000) else np.uint32(0x7F80)
-    up = np.uint32(0x7FC0) if magnitude > np.uint32(0x7F800000) else up
-    return np.uint16(up | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
+    """Round to bfloat16, stochastically. What is finite stays so; infinity stays, and NaN.
+
+    Cutting off what is at least the largest finite number leaves that number or infinity: no noise there, no overflow.
+    """
+    noise = np.uint32(np.uint32(u) >> np.uint32(16)) if abs(x) < BFLOAT16_MAX else np.uint32(0)
+    bits = np.uint16(np.uint32(np.float32(x).view(np.uint32) + noise) >> np.uint32(16))
+    return bits if x == x else np.uint16(0x7FC0)
 
 
 @jit_ieee
@@ -234,6 +241,11 @@ def store_row(stored: Any, row: Any, key: Any) -> None:
     raise NotImplementedError  # numba compiles its overload instead
 
 
+def subtract_row(stored: Any, change: Any, scale: Any, key: Any) -> None:
+    """Within a kernel: take a row of floats, times a number, from a stored one of floats or bfloat16, in one pass; as above."""
+    raise NotImplementedError  # numba compiles its overload instead
+
+
 @numba.extending.overload(load_row)  # type: ignore[untyped-decorator]  # numba has no types
 def _load_row(row: Any, stored: Any) -> Any:
     def plain(row: Any, stored: Any) -> Any:
@@ -259,13 +271,26 @@ def _store_row(stored: Any, row: Any, key: Any) -> Any:
 
     def bfloat16(stored: Any, row: Any, key: Any) -> Any:
         for d in range(len(row)):
-            stored[d] = bfloat16_bits(np.float32(row[d]), mixed(np.uint32(key + np.uint32(np.uint32(d) * np.uint32(GOLDEN)))))
+            stored[d] = bfloat16_bits(np.float32(row[d]), column_noise(key, d))
 
     def float8(stored: Any, row: Any, key: Any) -> Any:
         for d in range(len(row)):
-            stored[d] = float8_bits(np.float32(row[d]), mixed(np.uint32(key + np.uint32(np.uint32(d) * np.uint32(GOLDEN)))))
+            stored[d] = float8_bits(np.float32(row[d]), column_noise(key, d))
 
     return {types.uint16: bfloat16, types.uint8: float8}.get(stored.dtype, plain)
+
+
+@numba.extending.overload(subtract_row, jit_options={"fastmath": {"contract"}})  # type: ignore[untyped-decorator]  # no types
+def _subtract_row(stored: Any, change: Any, scale: Any, key: Any) -> Any:
+    def plain(stored: Any, change: Any, scale: Any, key: Any) -> Any:
+        for d in range(len(stored)):
+            stored[d] -= scale * change[d]
+
+    def bfloat16(stored: Any, change: Any, scale: Any, key: Any) -> Any:
+        for d in range(len(stored)):
+            stored[d] = bfloat16_bits(np.float32(float_of(stored[d]) - scale * change[d]), column_noise(key, d))
+
+    return bfloat16 if stored.dtype == types.uint16 else plain
 
 
 @jit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mach.encoders import SparseBatch
-from mach.heads.rounding import load_row, row_key, store_row
+from mach.heads.rounding import row_key, subtract_row
 from mach.kernels import array_of, in_threads, jit_sums, read
 
 TASKS = 8  # a thread, so that none waits long for the last
@@ -45,20 +45,17 @@ def update_rows_of(
 
 @jit_sums
 def _adam(
-    stored_D: np.ndarray, second_FR: np.ndarray, f: int, r: int, gradient_D: np.ndarray, row_D: np.ndarray,
+    stored_D: np.ndarray, second_FR: np.ndarray, f: int, r: int, gradient_D: np.ndarray,
     rate: float, share: float, inverse: float, epsilon: float, keys: np.ndarray,
 ) -> None:  # fmt: skip
-    """Take one row's step, all its weights by one size; `row_D` is room for them."""
+    """Take one row's step, all its weights by one size."""
     square = gradient_D.dtype.type(0)
     for j in range(len(gradient_D)):
         square += gradient_D[j] * gradient_D[j]
     second_FR[f, r] += share * (square / len(gradient_D) - second_FR[f, r])
     scale = rate / (np.sqrt(second_FR[f, r] * inverse) + epsilon)  # read back: of its own type, not float64, which is slow below
-    load_row(row_D, stored_D)
-    for j in range(len(row_D)):
-        row_D[j] -= scale * gradient_D[j]
     place = f * second_FR.shape[1] + r
-    store_row(stored_D, row_D, row_key(keys[place % len(keys)], place // len(keys)))
+    subtract_row(stored_D, gradient_D, scale, row_key(keys[place % len(keys)], place // len(keys)))
 
 
 @jit_sums
@@ -69,7 +66,7 @@ def _update(
 ) -> None:  # fmt: skip
     """Visit the features [first, last) of the batch; four samples a pass, to read and write the sum less often."""
     _, R, D = weight_FRD.shape
-    sums, row = np.empty(D, second_FR.dtype), np.empty(D, second_FR.dtype)
+    sums = np.empty(D, second_FR.dtype)
     for u in range(first, last):
         f, begin, end = features[u], offsets[u], offsets[u + 1]
         for r in range(R):
@@ -87,4 +84,4 @@ def _update(
                 for j in range(D):
                     sums[j] += a * read(one[j])
                 i += 1
-            _adam(weight_FRD[f, r], second_FR, f, r, sums, row, rate, share, inverse, epsilon, keys)
+            _adam(weight_FRD[f, r], second_FR, f, r, sums, rate, share, inverse, epsilon, keys)

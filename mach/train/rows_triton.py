@@ -59,6 +59,6 @@ def _update(
     if ROUNDS:
         key = tl.load(keys + place % n_keys).to(tl.uint32, bitcast=True)
         key = mixed(key ^ ((place // n_keys).to(tl.uint32) * GOLDEN))
-        tl.store(weights, bfloat16_of(row, mixed(key + d.to(tl.uint32) * GOLDEN)), mask=inside)
+        tl.store(weights, bfloat16_of(row, key + d.to(tl.uint32) * GOLDEN), mask=inside)
     else:
         tl.store(weights, row, mask=inside)

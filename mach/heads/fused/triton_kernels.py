@@ -69,7 +69,7 @@ def noise_of(key, numbers, r, rows_C, columns_D):
     """Give the random bits of a block of weights, uint32 (C, D), from the key of seed and step and the repetition's number."""
     key_r = mixed(key.to(tl.uint32) + tl.load(numbers + r).to(tl.uint32) * OTHER)
     row_keys = mixed(rows_C.to(tl.uint32) * GOLDEN ^ key_r)
-    return mixed(row_keys[:, None] + (columns_D.to(tl.uint32) * GOLDEN)[None, :])
+    return row_keys[:, None] + (columns_D.to(tl.uint32) * GOLDEN)[None, :]
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def bfloat16_of(x, u):
 
     Cutting off what is at least the largest finite number leaves that number, infinity or NaN: no noise there, no overflow.
     """
-    noise = tl.where(tl.abs(x) < 3.3895313892515355e38, u & 0xFFFF, 0)
+    noise = tl.where(tl.abs(x) < 3.3895313892515355e38, u >> 16, 0)
     bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan")).to(tl.bfloat16)
 
