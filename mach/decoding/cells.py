@@ -156,7 +156,7 @@ def _after(label: np.uint64, step: np.uint64, p: np.uint64) -> np.uint64:
 def _offer(task: Task, work: Scratch, n_hits: int) -> None:
     """Score the labels of work.hits that were not yet, and put into the heap those better than the worst there."""
     scores_RB, inverse, allowed, top_k, labels_k = task.scores_RB, task.inverse, task.allowed, task.top_k, task.labels_k
-    seen, used, counts, values_R1 = work.seen, work.used, work.counts, work.values_R1
+    seen, used, counts, values_R = work.seen, work.used, work.counts, work.values_R
     a_R, b_R, p, n_buckets = inverse.a_R, inverse.b_R, inverse.p, np.uint64(inverse.n_buckets)
     small_a_R, small_b_R, buckets_R = inverse.small_a_R, inverse.small_b_R, work.buckets_R
     mask = len(seen) - 1
@@ -186,7 +186,7 @@ def _offer(task: Task, work: Scratch, n_hits: int) -> None:
             for r in range(len(buckets_R)):
                 buckets_R[r] = inverse.table_RK[r, label]
         for r in range(len(buckets_R)):
-            values_R1[r, 0] = scores_RB[r, buckets_R[r]]
-        score: Any = aggregate_one(values_R1, task.aggregate)
+            values_R[r] = scores_RB[r, buckets_R[r]]
+        score: Any = aggregate_one(values_R, task.aggregate)
         if is_worse(top_k[0], labels_k[0], score, label):
             replace_worst(top_k, labels_k, score, label)

@@ -198,23 +198,39 @@ def _exchange(low_n: Float32, high_n: Float32, n: int) -> None:
 
 
 @jit
-def aggregate_one(values_R1: Float32, aggregate: int) -> Any:
-    """Score one label from its R bucket scores, which are overwritten, to the bits of the scan."""
+def aggregate_one(values_R: Float32, aggregate: int) -> Any:
+    """Score one label from its R bucket scores, to the bits of the scan."""
     if aggregate == MEDIAN:
-        _median(values_R1, 1)
-        return values_R1[0, 0]
-    score = values_R1[0, 0]
-    for r in range(1, len(values_R1)):
-        score = score + values_R1[r, 0] if aggregate == SUM else min(score, values_R1[r, 0])
+        return _median_of(values_R)
+    score = values_R[0]
+    for r in range(1, len(values_R)):
+        score = score + values_R[r] if aggregate == SUM else min(score, values_R[r])
     return score
+
+
+@jit
+def _median_of(values_R: Float32) -> Any:
+    """Find the one or two in the middle by counting how many are less, and how many are equal: loops that vectorise."""
+    below, above = (len(values_R) - 1) // 2, len(values_R) // 2
+    low = high = values_R[0]
+    for r in range(len(values_R)):
+        x, n_less, n_equal = values_R[r], np.int32(0), np.int32(0)
+        for i in range(len(values_R)):
+            n_less += np.int32(values_R[i] < x)
+            n_equal += np.int32(values_R[i] == x)
+        if n_less <= below < n_less + n_equal:
+            low = x
+        if n_less <= above < n_less + n_equal:
+            high = x
+    return (low + high) * np.float32(0.5)
 
 
 @jit
 def _score_labels(scores_NRB: Float32, table_RK: Buckets, labels_NM: Int64, aggregate: int, out_NM: Float32) -> None:
     R = len(table_RK)
-    values_R1 = np.empty((R, 1), dtype=np.float32)
+    values_R = np.empty(R, dtype=np.float32)
     for n in range(len(labels_NM)):
         for m in range(labels_NM.shape[1]):
             for r in range(R):
-                values_R1[r, 0] = scores_NRB[n, r, table_RK[r, labels_NM[n, m]]]
-            out_NM[n, m] = aggregate_one(values_R1, aggregate)
+                values_R[r] = scores_NRB[n, r, table_RK[r, labels_NM[n, m]]]
+            out_NM[n, m] = aggregate_one(values_R, aggregate)

@@ -57,7 +57,7 @@ class Scratch(NamedTuple):
     seen: Int64  # labels scored for this sample, plus 1, by open addressing; 0: empty
     used: Int64  # the places in `seen` that are taken
     counts: Int64  # labels scored, labels touched, and the predicted ns of the sweep
-    values_R1: Float32
+    values_R: Float32
     buckets_R: Int32
 
 
@@ -84,6 +84,6 @@ def scratch(n_repetitions: int, n_buckets: int, n_seen: int, longest: int) -> Sc
         seen=np.zeros(2 * n_seen, np.int64),
         used=np.empty(n_seen, np.int64),
         counts=np.zeros(3, np.int64),
-        values_R1=np.empty((R, 1), np.float32),
+        values_R=np.empty(R, np.float32),
         buckets_R=np.empty(R, np.int32),
     )
