@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,7 @@ MANY = 64  # times k labels, at least, are worth a scan in bytes: it holds candi
 MEMORY_LABELS = 1 << 20  # scored for one sample, at most: 24 MiB a thread
 
 
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(NamedTuple):
     """What proved each sample's k best: numbers of the pruned search, zero where the sample was scanned instead."""
 
     depth: Int64  # buckets opened in a repetition, at most, (N,); for min and median those of theta or more
@@ -85,8 +84,8 @@ def exact_topk(
     subset = None if restrict is None else check_restrict(restrict, K, k)
     n_allowed = K if subset is None else len(subset)
     lists = no_lists(N) if exclude is None else check_exclude(exclude, N, K, subset, k)
-    scan_ns, in_bytes = _scan_ns(table, N, n_allowed, k, estimator, costs)
-    if not N or not _may_pay(table, N, k, estimator, scan_ns, n_threads, costs):
+    scan_ns, in_bytes, may_pay = _plan(R, B, K, n_allowed, N, k, estimator, table.has_inverse, n_threads, costs)
+    if not may_pay:
         return _scan(scores_NRB, table, k, estimator, subset, lists, in_bytes, n_threads), Certificate(
             *np.zeros((3, N), np.int64)
         )
@@ -102,7 +101,7 @@ def exact_topk(
         numbers_N3[left] = np.stack([proof.depth, proof.n_scored, proof.n_touched], axis=1)
         top.labels[left], top.scores[left] = found.labels, found.scores
     elif len(left):
-        in_bytes = _scan_ns(table, len(left), n_allowed, k, estimator, costs)[1]
+        in_bytes = _scan_ns(R, B, len(left), n_allowed, k, estimator, costs)[1]
         found = _scan(scores_NRB[left], table, k, estimator, subset, lists_of(lists, left), in_bytes, n_threads)
         top.labels[left], top.scores[left] = found.labels, found.scores
     return top, Certificate(*numbers_N3[:, [0, 2, 1]].T.copy())
@@ -113,41 +112,46 @@ def first_depth(k: int, n_buckets: int) -> int:
     return max(1, min(max(8, min(2 * k, 8 + 3 * k // 2)), FIRST_DEPTH, n_buckets // 16))
 
 
-def _scan_ns(
-    table: LabelTable, n_samples: int, n_allowed: int, k: int, estimator: Estimator, costs: Costs
-) -> tuple[float, bool]:  # fmt: skip
-    """Predict what a scan costs a sample, and tell whether that in bytes is the quicker."""
-    R, n = table.n_repetitions, max(1, n_samples)
-    look_ns = costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan
-    plain_ns = R * (n_allowed * look_ns / min(n, GROUP) + table.n_buckets * costs.lay)
-    bytes_ns = R * (n_allowed * costs.coarse / min(n, LANES) + table.n_buckets * costs.pack * (1 + 1 / min(n, LANES)))
-    may = AGGREGATES[estimator] == SUM and n_allowed >= MANY * k
-    return (bytes_ns, True) if may and bytes_ns < plain_ns else (plain_ns, False)
+@lru_cache
+def _plan(
+    R: int, B: int, K: int, n_allowed: int, n_samples: int, k: int, estimator: Estimator, has_inverse: bool, n_threads: int,
+    costs: Costs,
+) -> tuple[float, bool, bool]:  # fmt: skip
+    """Predict what a scan costs a sample, tell whether that in bytes is the quicker, and whether searches may be quicker still.
 
-
-def _try_ns(table: LabelTable, k: int, costs: Costs) -> float:
-    """Predict what a search costs until theta is known."""
-    R, B, depth = table.n_repetitions, table.n_buckets, first_depth(k, table.n_buckets)
-    n_guess = 3 * min(R, GUESS_ROWS) * min(depth, 12 + 3 * k // 4)  # buckets, as often as they are walked
-    guess_ns = costs.touch * n_guess * table.n_labels / B + costs.score * R * 2 * (k + 4)
-    return costs.read * R * B + costs.open * R * depth + guess_ns
-
-
-def _may_pay(
-    table: LabelTable, n_samples: int, k: int, estimator: Estimator, scan_ns: float, n_threads: int, costs: Costs
-) -> bool:  # fmt: skip
-    """Tell whether searches can be quicker than scans, and their failures cost less than WASTE of the scans.
-
-    The k best labels lie in about k buckets of a repetition, which a search has to open at least.
+    They may if they can be quicker than scans, and their failures cost less than WASTE of the scans. The k best labels lie in
+    about k buckets of a repetition, which a search has to open at least. Kept: where labels are few, this takes as long as a scan.
     """
-    R, K, B, try_ns = table.n_repetitions, table.n_labels, table.n_buckets, _try_ns(table, k, costs)
+    scan_ns, in_bytes = _scan_ns(R, B, n_samples, n_allowed, k, estimator, costs)
+    try_ns = _try_ns(R, B, K, k, costs)
     if AGGREGATES[estimator] != SUM:
         try_ns *= 3  # given up later, and at a cost that is less sure
     n_each = -(-n_samples // n_threads)
     n_failures = (n_each.bit_length() + 1) // 2  # the tries of a batch where none succeeds: see `prune`
-    if not table.has_inverse and costs.invert * R * K > n_samples * scan_ns:
-        return False
-    return try_ns + costs.touch * R * k * K / B < scan_ns and try_ns * n_failures <= WASTE * scan_ns * n_each
+    may_pay = (
+        n_samples > 0
+        and (has_inverse or costs.invert * R * K <= n_samples * scan_ns)
+        and try_ns + costs.touch * R * k * K / B < scan_ns
+        and try_ns * n_failures <= WASTE * scan_ns * n_each
+    )
+    return scan_ns, in_bytes, may_pay
+
+
+def _scan_ns(R: int, B: int, n_samples: int, n_allowed: int, k: int, estimator: Estimator, costs: Costs) -> tuple[float, bool]:
+    """Predict what a scan costs a sample, and tell whether that in bytes is the quicker."""
+    n, look_ns = max(1, n_samples), costs.median if AGGREGATES[estimator] == MEDIAN else costs.scan
+    plain_ns = R * (n_allowed * look_ns / min(n, GROUP) + B * costs.lay)
+    bytes_ns = R * (n_allowed * costs.coarse / min(n, LANES) + B * costs.pack * (1 + 1 / min(n, LANES)))
+    may = AGGREGATES[estimator] == SUM and n_allowed >= MANY * k
+    return (bytes_ns, True) if may and bytes_ns < plain_ns else (plain_ns, False)
+
+
+def _try_ns(R: int, B: int, K: int, k: int, costs: Costs) -> float:
+    """Predict what a search costs until theta is known."""
+    depth = first_depth(k, B)
+    n_guess = 3 * min(R, GUESS_ROWS) * min(depth, 12 + 3 * k // 4)  # buckets, as often as they are walked
+    guess_ns = costs.touch * n_guess * K / B + costs.score * R * 2 * (k + 4)
+    return costs.read * R * B + costs.open * R * depth + guess_ns
 
 
 def _search(
@@ -159,7 +163,7 @@ def _search(
     inverse, frozen_NRB, depth = table.inverse, frozen(scores_NRB), first_depth(k, B)
     n_seen = 1 << max(12, math.ceil(math.log2(64 * k + min(MEMORY_LABELS, table.n_labels // 32))))
     n_each = -(-N // n_threads)
-    sizes, try_ns = (R, B, n_seen, longest_bucket(table)), _try_ns(table, k, costs)
+    sizes, try_ns = (R, B, n_seen, longest_bucket(table)), _try_ns(R, B, table.n_labels, k, costs)
     firsts = range(0, N, n_each)
     works = [_take(sizes) for _ in firsts]
     tasks: list[tuple[Any, ...]] = [
