@@ -120,7 +120,7 @@ def _plan(
     """Predict what a scan costs a sample, tell whether that in bytes is the quicker, and whether searches may be quicker still.
 
     They may if they can be quicker than scans, and their failures cost less than WASTE of the scans. The k best labels lie in
-    about k buckets of a repetition, which a search has to open at least. Kept: where labels are few, this takes as long as a scan.
+    about k buckets of a repetition, which a search has to open at least. Kept, as it takes as long as scanning few labels.
     """
     scan_ns, in_bytes = _scan_ns(R, B, n_samples, n_allowed, k, estimator, costs)
     try_ns = _try_ns(R, B, K, k, costs)
