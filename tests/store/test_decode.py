@@ -358,13 +358,16 @@ def test_memory_does_not_grow_with_the_samples(tmp_path, monkeypatch, top_bucket
         data = write_dataset(tmp_path / f"data{n}", {"train": train_split, "test": test_split})
         train(Config(buckets=B, repetitions=2, hidden=4, epochs=1), data, tmp_path / f"run{n}")
         run = Run.open(tmp_path / f"run{n}")
-        tracemalloc.start()
-        score(run, data, tmp_path / f"s{n}", n_shards=1, top_buckets=top_buckets)
-        scoring = tracemalloc.get_traced_memory()[1]
-        tracemalloc.reset_peak()
-        assert decode([tmp_path / f"s{n}"], tmp_path / f"d{n}", k=3)[0] == n
-        peaks.append((scoring, tracemalloc.get_traced_memory()[1]))
-        tracemalloc.stop()
+        twice = []  # the interpreter's table of interned strings may grow by 8 MB meanwhile, but once
+        for i in range(2):
+            tracemalloc.start()
+            score(run, data, tmp_path / f"s{n}{i}", n_shards=1, top_buckets=top_buckets)
+            scoring = tracemalloc.get_traced_memory()[1]
+            tracemalloc.reset_peak()
+            assert decode([tmp_path / f"s{n}{i}"], tmp_path / f"d{n}{i}", k=3)[0] == n
+            twice.append((scoring, tracemalloc.get_traced_memory()[1]))
+            tracemalloc.stop()
+        peaks.append(tuple(map(min, *twice)))
     (scoring, decoding), (scoring_10, decoding_10) = peaks
     assert scoring_10 < 1.2 * scoring + 200_000 and decoding_10 < 1.2 * decoding + 200_000, peaks
     assert max(scoring_10, decoding_10) < 40_000 * 2 * B * 4, peaks  # less than the scores
