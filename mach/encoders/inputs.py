@@ -148,9 +148,7 @@ class SparseInput:
         """Give z, shape (N, R, D); a sample without features gives zeros."""
         _, R, D = self.weight.shape
         rows = self.weight.view(-1, D) if self.is_hashed else self.weight.flatten(1)
-        if rows.dtype == batch.values.dtype:
-            z = embedding_bag(batch.indices, rows, batch.offsets, mode="sum", per_sample_weights=batch.values)
-        elif rows.device.type == "cpu":
+        if rows.device.type == "cpu":
             z = _sum_rows(rows, batch)
         else:
             values = batch.values.to(rows.dtype)
@@ -178,7 +176,7 @@ class SparseInput:
 
 
 def _sum_rows(rows_FX: Tensor, batch: SparseBatch) -> Tensor:
-    """Give the sums of each sample's rows, times its values, (N, X): of bfloat16 rows, in float32, on the CPU."""
+    """Give the sums of each sample's rows, times its values, (N, X), on the CPU: of bfloat16 rows, in float32."""
     N, n_threads = len(batch), torch.get_num_threads()
     out = torch.empty(N, rows_FX.shape[1], dtype=batch.values.dtype)
     offsets = np.append(batch.offsets.numpy(), np.int32(len(batch.indices)))
@@ -192,11 +190,24 @@ def _sum_rows(rows_FX: Tensor, batch: SparseBatch) -> Tensor:
 def _sum(
     rows_FX: np.ndarray, offsets: np.ndarray, indices: np.ndarray, values: np.ndarray, out_NX: np.ndarray, first: int, last: int
 ) -> None:
-    """Sum up the rows of the samples [first, last); four rows a pass, to read and write the sum less often."""
+    """Sum up the rows of the samples [first, last); eight or four rows a pass, to read and write the sum less often."""
     X = rows_FX.shape[1]
     for n in range(first, last):
         i, end, out = offsets[n], offsets[n + 1], out_NX[n]
         out[:] = 0
+        while i + 8 <= end:
+            a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
+            e, f, g, h = values[i + 4], values[i + 5], values[i + 6], values[i + 7]
+            one, two = rows_FX[indices[i]], rows_FX[indices[i + 1]]
+            three, four = rows_FX[indices[i + 2]], rows_FX[indices[i + 3]]
+            five, six = rows_FX[indices[i + 4]], rows_FX[indices[i + 5]]
+            seven, eight = rows_FX[indices[i + 6]], rows_FX[indices[i + 7]]
+            for j in range(X):
+                out[j] += (
+                    a * read(one[j]) + b * read(two[j]) + c * read(three[j]) + d * read(four[j])
+                    + e * read(five[j]) + f * read(six[j]) + g * read(seven[j]) + h * read(eight[j])
+                )  # fmt: skip
+            i += 8
         while i + 4 <= end:
             a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
             one, two = rows_FX[indices[i]], rows_FX[indices[i + 1]]
