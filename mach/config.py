@@ -77,7 +77,7 @@ class Config:
     learning_rate: float | Literal["auto"] = _setting(
         AUTO,
         "peak step size of AdamW, after the warm-up; auto: 0.004, down to a quarter of it where an output is positive in fewer "
-        "than one of 400 samples",
+        "than one of 400 samples, of a full head to a half",
         0,
     )
     input_learning_rate: float | Literal["auto"] = _setting(
@@ -221,7 +221,8 @@ class Config:
 
         Adam's steps are as large for an output that is hardly ever positive as for others, and tell it more of noise.
         """
-        usual = RATE * min(1.0, max(0.25, 400 * labels_a_sample / n_outputs))
+        least = 0.5 if self.table == "identity" else 0.25
+        usual = RATE * min(1.0, max(least, 400 * labels_a_sample / n_outputs))
         dense = self.learning_rate if isinstance(self.learning_rate, float) else usual
         rows = self.input_learning_rate if isinstance(self.input_learning_rate, float) else 15 * usual
         head = self.head_learning_rate

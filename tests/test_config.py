@@ -176,6 +176,8 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
 )
 def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive(n_outputs, labels, rate):
     assert Config().rates(n_outputs, labels) == Rates(pytest.approx(rate), pytest.approx(15 * rate), pytest.approx(rate))
+    full = max(0.002, rate)
+    assert Config(table="identity").rates(n_outputs, labels) == Rates(*(pytest.approx(x) for x in (full, 15 * full, full)))
     assert Config(learning_rate=1, head_optimizer="sgd").rates(n_outputs, labels) == Rates(1, pytest.approx(15 * rate), 3)
     assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_outputs, labels) == Rates(pytest.approx(rate), 2, 0.5)
 
