@@ -220,8 +220,8 @@ def rounds_as_specified(device: torch.device) -> bool:
     seed = torch.tensor(rule.seed, device=device)
     key = mixed(mixed((seed & mask) ^ mixed(((seed >> 32) + rule.step * golden) & mask)))
     rows = mixed(key ^ (torch.arange(500, device=device) * golden & mask))
-    u = mixed((rows[:, None] + torch.arange(100, device=device) * golden) & mask)
-    bits = (decayed.view(torch.int32).long() & mask) + (u & 0xFFFF)
+    u = (rows[:, None] + torch.arange(100, device=device) * golden) & mask
+    bits = (decayed.view(torch.int32).long() & mask) + (u >> 16)
     return bool((problem.weight[0].view(torch.int16).long() & 0xFFFF == bits >> 16).all())
 
 

@@ -109,7 +109,7 @@ def noise_reference(rule, R, B, D):
         key = mix((key + number * 0x85EBCA6B) & mask)
         for b in range(B):
             row = mix(key ^ ((rule.first + b) * 0x9E3779B1 & mask))
-            out[r, b] = [mix((row + d * 0x9E3779B1) & mask) for d in range(D)]
+            out[r, b] = [(row + d * 0x9E3779B1) & mask for d in range(D)]
     return out
 
 
@@ -120,7 +120,7 @@ def rounded_reference(weight, u, storage):
         if np.isnan(w) or (np.isinf(w) and storage == torch.bfloat16):
             out[i] = w
         elif storage == torch.bfloat16:
-            magnitude = int(np.abs(w).view(np.uint32)) + (int(bits) & 0xFFFF) >> 16
+            magnitude = int(np.abs(w).view(np.uint32)) + (int(bits) >> 16) >> 16
             out[i] = np.copysign(np.uint32(min(magnitude, 0x7F7F) << 16).view(np.float32), w)
         else:
             m = min(abs(float(w)) * 32, 448.0)
