@@ -41,6 +41,11 @@ SMALL = Blocks(samples=16, outputs=(32, 32), hidden=(16, 32), update=(32, 32), n
 WIDE = Blocks(samples=64, outputs=(32, 16), hidden=(16, 32), update=(16, 32), n_warps=4, n_stages=2)  # all samples in a block
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu_too(monkeypatch):
+    monkeypatch.setattr("mach.heads.fused.ON_CPU", DEVICE.type == "cpu")
+
+
 def rule_of(kind="sgd", rate=0.25, weight_decay=0.02, repetitions=(4, 0, 9), first=0):
     return Rule(
         kind=kind, rate=rate, weight_decay=weight_decay, step=3, seed=0x1234_5678_9ABC_DEF0, repetitions=repetitions, first=first
@@ -376,9 +381,15 @@ def test_outputs_in_float8_are_those_of_the_chunked_path(loss, kind, monkeypatch
         assert float((ours - others).abs().max()) > 2 * apart
 
 
+def test_a_cpu_is_left_to_torch_whatever_the_environment(monkeypatch):
+    monkeypatch.setattr("mach.heads.fused.ON_CPU", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not can_fuse(torch.zeros(1, 4, 6), torch.zeros(1, 4), rule_of())
+
+
 def test_gpus_without_float8_are_left_to_torch(monkeypatch):
     bias, rule = torch.zeros(1, 4), rule_of()
-    monkeypatch.setattr("mach.heads.fused.is_interpreted", lambda: False)
+    monkeypatch.setattr("mach.heads.fused.ON_CPU", False)
     for capability, knows in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         for storage in STORAGES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -22,11 +21,7 @@ __all__ = ["can_fuse", "fused_step"]
 KINDS = ("sgd", "adamw", "rowwise-adagrad", "rowwise-adam")
 STORAGES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 CHUNK_BYTES = 32 << 20  # of a chunk's output gradients: half of the L2 cache of an H100 or H200
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+ON_CPU = False  # whether to fuse there too, in Triton's interpreter, far slower than torch: for tests
 
 
 @cache
@@ -37,13 +32,13 @@ def _has_triton() -> bool:
 def can_fuse(weight_RBD: Tensor, bias_RB: Tensor, rule: Rule) -> bool:
     """Tell whether the kernels can take this step.
 
-    There is Triton and a GPU, or Triton's interpreter; the rule is of a known kind; the weights are stored in a type that both
-    know, the bias in float32.
+    There is Triton, and the weights are on a GPU (or ON_CPU); the rule is of a known kind; the weights are stored in a type that
+    both know, the bias in float32.
     """
     if not _has_triton():
         return False
     fits = weight_RBD.dtype in STORAGES and bias_RB.dtype == torch.float32
-    there = is_interpreted() or (weight_RBD.device.type == "cuda" and _knows(weight_RBD.device, weight_RBD.dtype))
+    there = ON_CPU or (weight_RBD.device.type == "cuda" and _knows(weight_RBD.device, weight_RBD.dtype))
     return there and fits and rule.kind in KINDS and weight_RBD.is_contiguous() and bias_RB.is_contiguous()
 
 
