@@ -21,6 +21,7 @@ from mach.draw import INK, LINE, MUTED, PALETTE
 HEADS = ("ours", "half", "quarter", "published", "full")  # the others are peers
 DRAWN = {"ours": (PALETTE[0], "o"), "half": (PALETTE[5], "o"), "published": (PALETTE[4], "D"), "full": (MUTED, "s")}
 KS = (1, 3, 5)
+LINEAR = 3  # points; beyond, the axis is logarithmic
 Cells = dict[tuple[str, str], list[list[str]]]  # (data, head) -> lines, each of its cells after the seed
 
 
@@ -70,11 +71,14 @@ def draw(found: Cells, datasets: list[str], path: Path) -> None:
                 if (data, head) in found:
                     ends.append(precisions(found, data, head)[i] - best)
                     panel.plot(ends[-1], y, marker, color=colour, markersize=8, label=head if y == 0 else None)
-        panel.set_xlim(min(ends) - 0.3, max(ends) + 0.3)
+        panel.set_xscale("symlog", linthresh=LINEAR)  # one set is ahead by as much as all others together
+        panel.set_xlim(1.1 * min(ends) - 0.2, 1.1 * max(ends) + 0.2)
+        panel.set_xticks([x for x in (*range(-LINEAR, LINEAR + 1), 10, 20) if min(ends) - 0.3 < x < max(ends) + 0.3])
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_yticks(range(len(datasets)), datasets)
         panel.set_title(f"P@{k}: points above the best peer", loc="left", color=INK, fontsize=11)
         panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(length=0, colors=MUTED)
+        panel.tick_params(which="both", length=0, colors=MUTED)
     panels[0].invert_yaxis()
     handles = {text: handle for panel in panels for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(DRAWN), frameon=False)
