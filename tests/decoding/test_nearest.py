@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mach.data import CSR
@@ -13,7 +13,7 @@ from mach.decoding.only import Only, allowed_of, joined
 from mach.decoding.rerank import Nearest, SparseWeights, nearest
 from mach.kernels import bits_of
 
-N, F, K = 7, 9, 30
+N, F, K = 7, 9, 150  # more than a block of sums
 
 
 def weights_of(W: np.ndarray) -> SparseWeights:
@@ -32,9 +32,11 @@ def slowly(W: np.ndarray, x: np.ndarray, n: int, besides: set[int]) -> list[int]
     return (found + [-1] * n)[:n]
 
 
-@settings(deadline=None)
+@pytest.mark.parametrize("all_from", [0.0, 2.0, 1e9])  # never, as sums are few, always
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
-def test_it_finds_what_a_search_over_all_labels_finds(seed, n, is_limited):
+def test_it_finds_what_a_search_over_all_labels_finds(all_from, monkeypatch, seed, n, is_limited):
+    monkeypatch.setattr(nearest, "ALL_FROM", all_from)
     rng = np.random.default_rng(seed)  # small whole numbers: sums are exact, many are equal, some come back to zero
     W = rng.integers(-2, 3, (K, F)) * (rng.random((K, F)) < 0.4)
     X = rng.integers(-1, 3, (N, F)) * (rng.random((N, F)) < 0.5)

@@ -21,6 +21,8 @@ from mach.kernels import N_THREADS, float_of, in_threads, jit_ieee
 
 Array = npt.NDArray[np.generic]
 ENTRIES = 1 << 16  # read for a sample: a quarter of that costs a hundredth of what is found, see experiments/accuracy
+ALL_FROM = 2.0  # labels a list entry that is read, up to which all sums are looked at afterwards, instead of those that were met
+BLOCK = 64  # sums whose largest is compared first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +56,7 @@ class Nearest:
         arrays = (features.indptr, features.indices, values, self.indptr, self.labels, self.values, besides_Nm, *only)
         cuts = [*range(0, len(features), ROWS_A_TASK), len(features)]
         fixed = [read_only(array) for array in arrays]
-        tasks = [(*fixed, self.n_labels, ENTRIES, out, low, high) for low, high in itertools.pairwise(cuts)]
+        tasks = [(*fixed, self.n_labels, ENTRIES, ALL_FROM, out, low, high) for low, high in itertools.pairwise(cuts)]
         in_threads(_find, tasks, N_THREADS)
         return out
 
@@ -62,45 +64,71 @@ class Nearest:
 @jit_ieee
 def _find(
     indptr: Array, indices: Array, values: Array, list_indptr: Array, list_labels: Array, list_values: Array, besides_Nm: Array,
-    starts: Array, without: Array, allowed: Array, n_labels: int, entries: int, out_Nn: Array, low: int, high: int,
+    starts: Array, without: Array, allowed: Array, n_labels: int, entries: int, all_from: float, out_Nn: Array,
+    low: int, high: int,
 ) -> None:  # fmt: skip
+    """Find for the samples [low, high): sum up the lists, then look at all sums, or at those that the lists have met."""
     n = out_Nn.shape[1]
-    sums, met = np.zeros(n_labels, np.float32), np.empty(max(n_labels, entries), np.int32)
+    sums, met = np.zeros(-(-n_labels // BLOCK) * BLOCK, np.float32), np.empty(max(n_labels, entries), np.int32)
     best = np.empty(n, np.float32)
     for row in range(low, high):
         begin, end = indptr[row], indptr[row + 1]
         lengths = np.empty(end - begin, np.int64)
         for i in range(begin, end):
             lengths[i - begin] = list_indptr[indices[i] + 1] - list_indptr[indices[i]]
-        left, n_met = entries, 0
-        for place, at in enumerate(np.argsort(lengths)):
-            if lengths[at] > left and place > 0:
-                break
-            left -= lengths[at]
-            feature, value = indices[begin + at], values[begin + at]
-            for j in range(list_indptr[feature], list_indptr[feature + 1]):
-                label = list_labels[j]
-                met[n_met] = label
-                n_met += sums[label] == 0  # no branch, which none could foresee; again where a sum has come back to zero
-                sums[label] += value * float_of(list_values[j])
+        order, n_opened, n_read = np.argsort(lengths), 0, 0
+        while n_opened < len(order) and (n_opened == 0 or n_read + lengths[order[n_opened]] <= entries):
+            n_read += lengths[order[n_opened]]
+            n_opened += 1
+        looks_at_all, n_met = all_from * n_read >= n_labels, 0
+        for at in order[:n_opened]:
+            value, first, last = values[begin + at], list_indptr[indices[begin + at]], list_indptr[indices[begin + at] + 1]
+            if looks_at_all:
+                for j in range(first, last):
+                    sums[list_labels[j]] += value * float_of(list_values[j])
+            else:
+                for j in range(first, last):
+                    label = list_labels[j]
+                    met[n_met] = label
+                    n_met += sums[label] == 0  # no branch, which none could foresee; again where a sum has come back to zero
+                    sums[label] += value * float_of(list_values[j])
         for label in besides_Nm[row]:
             sums[label] = 0
         for label in without[starts[row] : starts[row + 1]]:
             sums[label] = 0
         n_found, least = 0, np.float32(0)
-        for i in range(n_met):
-            label = met[i]
-            total = sums[label]
-            sums[label] = 0
-            if total < least or total <= 0 or (len(allowed) > 0 and not allowed[label]):
-                continue
-            at = n_found if n_found < n else n - 1
-            if n_found == n and total == least and label > out_Nn[row, at]:
-                continue
-            n_found = min(n, n_found + 1)
-            while at > 0 and (best[at - 1] < total or (best[at - 1] == total and out_Nn[row, at - 1] > label)):
-                best[at], out_Nn[row, at] = best[at - 1], out_Nn[row, at - 1]
-                at -= 1
-            best[at], out_Nn[row, at] = total, label
-            if n_found == n:
-                least = best[n - 1]
+        if looks_at_all:
+            for first in range(0, len(sums), BLOCK):
+                most = np.float32(0)
+                for label in range(first, first + BLOCK):
+                    most = sums[label] if sums[label] > most else most
+                if most > least:
+                    for label in range(first, first + BLOCK):
+                        if sums[label] > least and (len(allowed) == 0 or allowed[label]):
+                            n_found, least = _insert(label, sums[label], out_Nn[row], best, n_found)
+            sums[:] = 0
+        else:
+            for i in range(n_met):
+                label = met[i]
+                total = sums[label]
+                sums[label] = 0
+                if total > 0 and total >= least and (len(allowed) == 0 or allowed[label]):
+                    n_found, least = _insert(label, total, out_Nn[row], best, n_found)
+
+
+@jit_ieee
+def _insert(
+    label: int, total: np.float32, labels_n: npt.NDArray[np.int64], best_n: npt.NDArray[np.float32], n_found: int
+) -> tuple[int, np.float32]:  # fmt: skip
+    """Put a label in its place among those found, unless n are as good; give how many there are, and what is to be surpassed."""
+    at, n = n_found, len(labels_n)
+    if n_found == n:
+        at = n - 1
+        if total == best_n[at] and label > labels_n[at]:
+            return n, best_n[at]
+    while at > 0 and (best_n[at - 1] < total or (best_n[at - 1] == total and labels_n[at - 1] > label)):
+        best_n[at], labels_n[at] = best_n[at - 1], labels_n[at - 1]
+        at -= 1
+    best_n[at], labels_n[at] = total, label
+    n_found = min(n, n_found + 1)
+    return n_found, best_n[n - 1] if n_found == n else np.float32(0)
