@@ -3,8 +3,6 @@
 U distinct features of the batch, N samples, F features, R repetitions packed side by side, D hidden width.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -36,10 +34,10 @@ def update_rows_of(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
-def _update(
-    weight: Any, second: Any, features: Any, offsets: Any, samples: Any, values: Any, grad: Any, keys: Any, n_keys: int,
-    rate: float, share: float, inverse: float, epsilon: float, N: int, R: int, D: int, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
-) -> None:  # fmt: skip
+def _update(  # type: ignore[no-untyped-def]  # Triton looks names in annotations up, and knows none but its own
+    weight, second, features, offsets, samples, values, grad, keys, n_keys,
+    rate, share, inverse, epsilon, N, R, D, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
     u, r = tl.program_id(0), tl.program_id(1)
     f, begin, end = tl.load(features + u), tl.load(offsets + u), tl.load(offsets + u + 1)
     d = tl.arange(0, BLOCK)

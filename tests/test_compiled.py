@@ -1,0 +1,85 @@
+"""Every kernel of Triton compiles for a GPU that need not be there: its interpreter takes what its compiler refuses.
+
+In a process of its own, as Triton's functions are made for one way to run: launches there compile, for the arguments that they
+were given, and run nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install 'mach[gpu]')")
+COMPILES = """
+import sys
+import numpy as np, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
+TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+target, cpu = GPUTarget("cuda", int(sys.argv[1]), 32), torch.device("cpu")
+
+
+def compile_instead(kernel, *args, grid, warmup, **meta):
+    options = {name: meta.pop(name) for name in ("num_warps", "num_stages") if name in meta}
+    values = dict(zip(kernel.arg_names, args)) | meta
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            kind, constants[i,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            kind = "*" + TYPES[value.dtype]
+        else:
+            kind = "fp32" if isinstance(value, float) else "i32"
+        if kind[0] == "*" or (kind == "i32" and value % 16 == 0 and not parameter.do_not_specialize):
+            aligned[i,] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    if (what := (kernel.fn.__name__, str(signature), str(constants))) not in made:
+        made[what] = triton.compile(source, target=target, options=options).asm["ptx"]
+
+
+made, JITFunction.run = {}, compile_instead
+"""
+OF_ROWS = """
+from mach.data import CSR
+from mach.encoders import make_batch
+from mach.train import rows_triton
+
+batch = make_batch(CSR(np.array([0, 2, 3]), np.array([1, 3, 1], np.int32), None, 5), normalize=True, device=cpu)
+weight, second = torch.zeros(5, 2, 16).bfloat16(), torch.zeros(5, 2)
+rows_triton.update_rows_of(
+    weight, second, batch, torch.zeros(2, 2, 16), [1, 2], rate=0.1, beta=0.9, correction=0.5, epsilon=1e-8
+)
+"""
+OF_DECODING = """
+from mach.decoding.device import triton_scan
+from mach.decoding.scan import SUM
+from mach.hashing.device import DeviceTable
+from mach.hashing.table import LabelTable
+
+triton_scan.is_interpreted = lambda: True  # so that it takes scores on a CPU
+scan = triton_scan.TritonScan(torch.zeros(8, 4, 16), DeviceTable.of(LabelTable.hashed(3000, 16, 4), cpu), SUM, None, 512)
+scan.maxima()
+scan.block_scores(torch.arange(2), torch.zeros(2, 3, dtype=torch.int64))
+"""
+LAUNCHES = {
+    "rows": (OF_ROWS, {"_update"}),
+    "decoding": (OF_DECODING, {"block_maxima", "chosen_scores"}),
+}
+
+
+@pytest.mark.parametrize("what", LAUNCHES)
+def test_what_is_launched_compiles_for_hopper(what, tmp_path):
+    launches, kernels = LAUNCHES[what]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", f"{COMPILES}{launches}print(*sorted({{name for name, *_ in made}}))", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == sorted(kernels), done.stderr
