@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = {
-    "errors": 0, "comm": 1, "config": 1, "draw": 1, "files": 1, "kernels": 1, "hashing": 2, "data": 2, "encoders": 3, "heads": 3,
-    "decoding": 3, "calibration": 4, "metrics": 4, "packed": 4, "reliability": 4, "model": 5, "store": 6, "train": 7,
+    "errors": 0, "comm": 1, "config": 1, "draw": 1, "files": 1, "gpu": 1, "kernels": 1, "hashing": 2, "data": 2, "encoders": 3,
+    "heads": 3, "decoding": 3, "calibration": 4, "metrics": 4, "packed": 4, "reliability": 4, "model": 5, "store": 6, "train": 7,
     "parallel": 8, "estimators": 9, "compare": 9, "inspect": 9, "serve": 9, "cli": 10, "__main__": 11, "__init__": 12,
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """How many queries a second does decoding on a GPU answer, and how near is that to what the GPU can read? Checks, then measures.
 
-python experiments/decode/gpu.py [--samples 256] [--no-sweep]     about three minutes on a GPU
+python experiments/decode/gpu.py [--samples 256] [--minutes 4]    on a GPU
 python experiments/decode/gpu.py --small                          the same steps on small problems, on a CPU too
 
 Prints Markdown: the machine, its ceilings measured in the same run, the scan's launch sizes compared, and the queries a second.
@@ -174,17 +174,22 @@ def sweep(setting: Setting, n_samples: int) -> list[str]:
     ]
 
 
-def measure(setting: Setting, n_samples: int, ceiling: float, copied: float) -> list[str]:
-    """Time every way of decoding at one size; give lines of a table. All ways must agree bit for bit."""
+def measure(setting: Setting, n_samples: int, named: list[str], ceiling: float, copied: float, until: float) -> None:
+    """Time every way of decoding at one size, a line of a table each, as long as there is time. All must agree bit for bit."""
     table = LabelTable.hashed(setting.n_labels, setting.n_buckets, setting.n_repetitions)
-    lines = []
     for kind in ("trained", "flat"):
         for k in (5, 100) if setting.n_labels > 10_000 else (5,):
             scores_NRB = scores_like(kind, setting, table, n_samples, k)
             looked_up = scores_NRB.numel() // setting.n_buckets * setting.n_labels
             first: DeviceTopK | None = None
-            ways: list[How | Literal["pruned"]] = [*WAYS, "pruned"]
+            ways = [way for way in ("pruned", *reversed(WAYS)) if way in named]
             for way in ways:
+                if time.perf_counter() > until:
+                    print(
+                        f"| {setting.n_labels:,} | {setting.n_buckets:,} | {kind} | {k} | {way} | no time left | | | |",
+                        flush=True,
+                    )
+                    continue
                 found = _decode(scores_NRB, table, k, way)
                 first = first or found
                 assert torch.equal(found.labels, first.labels), (setting, kind, k, way)
@@ -193,12 +198,11 @@ def measure(setting: Setting, n_samples: int, ceiling: float, copied: float) -> 
                 taken_s = seconds(partial(_decode, scores_NRB, table, k, way))
                 scanned = "" if way == "pruned" else f"{looked_up / taken_s / 1e9:.3g} ({looked_up / taken_s / ceiling:.0%})"
                 read = scores_NRB.numel() * 4 / taken_s / copied
-                lines.append(
+                print(
                     f"| {setting.n_labels:,} | {setting.n_buckets:,} | {kind} | {k} | {way} | {n_samples / taken_s:.4g} | "
-                    f"{scanned} | {read:.2%} | {f'{proven:.0%}' if way == 'pruned' else ''} |"
+                    f"{scanned} | {read:.2%} | {f'{proven:.0%}' if way == 'pruned' else ''} |",
+                    flush=True,
                 )
-                print(lines[-1], flush=True)
-    return lines
 
 
 def _decode(scores_NRB: torch.Tensor, table: LabelTable, k: int, way: How | Literal["pruned"]) -> DeviceTopK:
@@ -232,7 +236,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-sweep", action="store_true")
+    parser.add_argument("--ways", default="pruned,triton,torch", help="of these, the slowest last")
+    parser.add_argument("--minutes", type=float, default=4.0, help="after which nothing is begun")
     a = parser.parse_args()
+    until = time.perf_counter() + 60 * a.minutes
     settings, n_samples = (SMALL, min(a.samples, 6)) if a.small else (LARGE, a.samples)
     place = torch.cuda.get_device_name() if IS_GPU else f"CPU ({platform.processor() or platform.machine()})"
     version = triton.__version__ if HAS_TRITON else "absent"
@@ -257,12 +264,13 @@ def main() -> None:
     print("\n| K | B | scores | k | way | queries/s | 10^9 look-ups/s (of the gather) | read, of the copy | proven |")
     print("|--:|--:|---|--:|---|--:|--:|--:|--:|")
     for setting, ceiling in zip(settings, ceilings, strict=True):
-        measure(setting, n_samples, ceiling, copied)
+        measure(setting, n_samples, a.ways.split(","), ceiling, copied, until)
     if HAS_TRITON:
         print()
         for setting in settings:
             for k in (5, 100):
-                print(stages(setting, n_samples, k), flush=True)
+                if time.perf_counter() < until:
+                    print(stages(setting, n_samples, k), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 
 import numpy as np
 import pytest
@@ -174,6 +173,17 @@ def test_what_stands_out_is_proven_and_what_is_flat_is_scanned(n_cells, monkeypa
         assert not topk_on_device(torch.from_numpy(scores_NRB), table, k, estimator="logits", prune=False).is_pruned.any()
 
 
+def test_unless_told_it_prunes_where_a_scan_would_look_up_much(monkeypatch):
+    prune_at_once(monkeypatch, SHARE=16)
+    table, scores_NRB = LabelTable.hashed(30_000, 1500, 12), torch.zeros(2, 12, 1500)
+    for r, bucket in enumerate(table.array()[:, 7]):
+        scores_NRB[:, r, bucket] = 1.0
+    for least, prune, prunes in ((360_000, None, True), (360_001, None, False), (360_001, True, True), (0, False, False)):
+        monkeypatch.setattr(torch_scan.TorchScan, "pruned_from", least)
+        found = topk_on_device(scores_NRB, table, 1, estimator="logits", prune=prune)
+        assert found.labels.tolist() == [[7], [7]] and found.is_pruned.tolist() == [prunes, prunes]
+
+
 def test_too_many_candidates_are_left_to_the_scan(monkeypatch):
     """All labels of one repetition's best buckets tie."""
     table = LabelTable.hashed(5000, 100, 1)
@@ -281,7 +291,6 @@ def test_what_cannot_be_decoded_is_named(shape, dtype, how, reason):
 
 
 def test_triton_asked_for_and_absent_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mach.decoding.device.has_triton", lambda: False)
     with pytest.raises(MissingExtra, match=r"the scan in Triton needs an optional package: pip install 'mach\[gpu\]'"):
         topk_on_device(torch.zeros(1, 2, 10), LabelTable.hashed(50, 10, 2), 1, estimator="min", how="triton")

@@ -9,7 +9,6 @@ back as one of the two zeros. Bucket scores of another device differ by rounding
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +27,7 @@ from mach.decoding.only import check_exclude, check_restrict
 from mach.decoding.scan import AGGREGATES
 from mach.decoding.topk import check_k
 from mach.errors import ConfigError, MissingExtra
+from mach.gpu import has_triton, takes_kernels
 from mach.hashing.device import DeviceTable
 from mach.hashing.table import LabelTable
 
@@ -54,7 +54,7 @@ def topk_on_device(
     restrict: npt.ArrayLike | None = None,
     exclude: Sequence[npt.ArrayLike] | None = None,
     how: How = "auto",
-    prune: bool = True,
+    prune: bool | None = None,
 ) -> DeviceTopK:
     """Give the k best labels of each sample, to the bits of `scan_topk`.
 
@@ -62,7 +62,8 @@ def topk_on_device(
 
     Args:    scores_NRB, float32 on any device, from `device_bucket_scores`: finite. restrict, labels to choose among, for all
              samples; exclude, N lists of labels that each sample may not find. how, the scan: "torch", "triton", or "auto",
-             Triton on a GPU where it is installed. prune, whether to search the best buckets first, where that can pay.
+             Triton on a GPU where it is installed. prune, whether to search the best buckets first, of tables and estimators for
+             which there is such a search; None: where it is the quicker way.
     Raises:  ConfigError if k is outside [1, K], the scores are of another kind or do not fit the table; if a label is outside
              [0, K), or fewer than k labels are left to a sample. MissingExtra if Triton is asked for and absent.
     """
@@ -86,7 +87,8 @@ def topk_on_device(
     kind, n_allowed = AGGREGATES[estimator], K if subset is None else len(subset)
     with torch.no_grad():
         is_pruned = torch.zeros(len(scores_NRB), dtype=torch.bool, device=device)
-        if prune and allowed is None and may_pay(on_device, kind):
+        pays = R * n_allowed >= scan_kind.pruned_from if prune is None else prune
+        if pays and allowed is None and may_pay(on_device, kind):
             labels, scores, is_pruned = search_pruned(scores_NRB, on_device, k, without)
             if bool(is_pruned.all()):
                 return DeviceTopK(labels, scores, is_pruned)
@@ -101,9 +103,9 @@ def topk_on_device(
 
 
 def _scan_kind(table: DeviceTable, device: torch.device, how: How) -> type[TorchScan]:
-    if how == "torch" or (how == "auto" and (device.type != "cuda" or importlib.util.find_spec("triton") is None)):
+    if how == "torch" or (how == "auto" and not takes_kernels(device)):
         return TorchScan
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         raise MissingExtra("the scan in Triton", "gpu")
     from mach.decoding.device.triton_scan import TritonScan, can_scan
 

@@ -19,6 +19,8 @@ SCORES = 1 << 22  # held at once: the scores of a chunk, what is gathered for it
 class TorchScan:
     """All labels, or a sorted subset, in blocks of J; the last may be shorter."""
 
+    pruned_from = 0  # look-ups of a sample from which a pruned search is the quicker way
+
     def __init__(self, scores_NRB: Tensor, table: DeviceTable, kind: int, subset: Tensor | None, width: int):
         self.scores_NRB, self.table, self.kind, self.subset, self.width = scores_NRB, table, kind, subset, width
         self.n_allowed = table.n_labels if subset is None else len(subset)  # A

@@ -20,8 +20,8 @@ from mach.decoding.scan import MEDIAN
 from mach.errors import ConfigError
 from mach.hashing.device import MAX_INT32_PRIME, DeviceTable
 
-GROUP = 8  # samples that a bucket answers: a sector of 32 bytes
-TILE, MEDIAN_TILE = 256, 16  # labels whose scores are held in registers, of each sample
+GROUPS = 8, 16  # samples that a bucket answers: one or two sectors of 32 bytes
+TILE, MEDIAN_TILE = 128, 16  # labels whose scores are held in registers, of each sample
 N_WARPS = 4
 KINDS = {"identity": 0, "carter-wegman": 1, "multiply-shift": 2, "held": 3}
 
@@ -42,9 +42,11 @@ class TritonScan(TorchScan):
     Raises: ConfigError if the kernels cannot run there, or K is 2**31 or more.
     """
 
+    pruned_from = 1 << 31  # as torch's operations, of which a pruned search is made, are slower beside this scan
+
     def __init__(
         self, scores_NRB: Tensor, table: DeviceTable, kind: int, subset: Tensor | None, width: int,
-        *, group: int = GROUP, tile: int | None = None, n_warps: int = N_WARPS,
+        *, group: int | None = None, tile: int | None = None, n_warps: int = N_WARPS,
     ):  # fmt: skip
         super().__init__(scores_NRB, table, kind, subset, width)
         if not can_scan(table, scores_NRB.device):
@@ -53,7 +55,7 @@ class TritonScan(TorchScan):
                 f"{table.n_labels}; use how='torch'"
             )
         N, R, B = scores_NRB.shape
-        self.group = group
+        group = self.group = group or GROUPS[N > GROUPS[0]]
         n_groups = -(-N // group)
         padded = scores_NRB if N == n_groups * group else torch.nn.functional.pad(scores_NRB, (0, 0, 0, 0, 0, -N % group))
         self.packed = padded.view(n_groups, group, R, B).permute(0, 2, 3, 1).contiguous()
