@@ -70,7 +70,43 @@ scan = triton_scan.TritonScan(torch.zeros(8, 4, 16), DeviceTable.of(LabelTable.h
 scan.maxima()
 scan.block_scores(torch.arange(2), torch.zeros(2, 3, dtype=torch.int64))
 """
+OF_HEADS = """
+from mach.heads import Positives
+from mach.heads.fused import fused_step
+from mach.heads.rules import Rule, State
+from mach.heads.scaled import scaled
+
+R, B, D = 2, 300, 100
+CASES = [
+    (100, torch.bfloat16, "rowwise-adam", "logistic", False), (300, torch.bfloat16, "rowwise-adam", "softmax", False),
+    (300, torch.float32, "adamw", "logistic", False), (300, torch.float8_e4m3fn, "sgd", "squared-hinge", True),
+]
+for N, storage, kind, loss, in_float8 in CASES:
+    hidden, weight, bias = torch.zeros(R, N, D).bfloat16(), torch.zeros(R, B, D, dtype=storage), torch.zeros(R, B)
+    moments = [torch.zeros(R, B, D) for _ in range(2)] if kind == "adamw" else [None, torch.zeros(R, B)]
+    each = np.arange(N + 1), np.arange(N) % B
+    fused_step(
+        hidden, weight, bias, Positives.of([each] * R, cpu), loss=loss, want_loss=True, chunk_bytes=1 << 20,
+        rule=Rule(kind=kind, rate=0.1, weight_decay=0.0, step=1, seed=1, repetitions=(0, 1)),
+        state=State(first=moments[0], second=moments[1]), narrow=scaled(hidden) if in_float8 else None,
+    )
+"""
+OF_ENCODERS = """
+from mach.encoders import triton_kernels
+
+R, N, D = 2, 3, 100
+z, grad = torch.zeros(N, R, D), torch.zeros(R, N, D)
+for dtype in (torch.float32, torch.bfloat16):
+    triton_kernels.sum_rows(torch.zeros(7, R * D, dtype=dtype), *(torch.zeros(3, dtype=torch.int32),) * 2, torch.zeros(3))
+    hidden = triton_kernels.first(z, torch.zeros(R, D), torch.zeros(R, N, D, dtype=torch.uint8), 200, 1.5, dtype)
+    triton_kernels.first_backward(hidden, grad, 1.5, dtype)
+"""
 LAUNCHES = {
+    "encoders": (OF_ENCODERS, {"_first", "_first_backward", "_sum_rows"}),
+    "heads": (
+        OF_HEADS,
+        {"apply_rule", "log_totals", "output_gradients", "positive_gradients", "row_moments", "slopes", "update_weights"},
+    ),
     "rows": (OF_ROWS, {"_update"}),
     "decoding": (OF_DECODING, {"block_maxima", "chosen_scores"}),
 }

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from mach.config import Loss
 from mach.heads import losses
-from mach.heads.fused import CHUNK_BYTES as FUSED_BYTES
-from mach.heads.fused import can_fuse, fused_step
+from mach.heads.fused import IN_REGISTERS, can_fuse, fused_step
 from mach.heads.positives import Positives
 from mach.heads.rounding import NARROW, widen
 from mach.heads.rules import Ruled
@@ -34,16 +33,17 @@ from mach.heads.scaled import scaled
 from mach.kernels import array_of, in_threads, jit_ieee, read
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # that a step takes for one chunk of buckets
-COPY_BYTES = 256 << 20  # of a copy of the weights that is kept, at most
+ALIGNED = 64  # buckets of which a chunk's width is a multiple: products with rows that begin anywhere take twice as long on a GPU
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of a copy of the weights that is kept, at most
 SUMS = 2048  # over samples that a thread takes at a time: they stay in its cache
 LATE_CHUNKS = 2  # whose weights are updated after the hidden vectors' gradient is told: each holds its outputs until then
 
 Update = Callable[[str, slice, Tensor, Tensor | None], None]  # parameter name, buckets, their gradient, a copy to renew
 
 
-def keeps_copy(n_weights: int, *, products: torch.dtype, storage: torch.dtype) -> bool:
+def keeps_copy(n_weights: int, *, products: torch.dtype, storage: torch.dtype, device: torch.device) -> bool:
     """Tell whether a head keeps a copy of wide weights for its products; of many, a chunk at a time is made anew in each step."""
-    return storage not in NARROW and storage != products and n_weights * products.itemsize <= COPY_BYTES
+    return storage not in NARROW and storage != products and n_weights * products.itemsize <= COPY_BYTES[device.type]
 
 
 def bucket_bytes(n_samples: int, width: int, *, products: torch.dtype) -> int:
@@ -110,10 +110,14 @@ class LinearHead:
         narrow = scaled(hidden_RND) if self.in_float8 else None
         is_whole = loss != "softmax" or join_log_total is None
         if isinstance(update, Ruled) and update.state is not None and is_whole and can_fuse(self.weight, self.bias, update.rule):
-            self._low, chunk_bytes = None, min(self.chunk_bytes, FUSED_BYTES)
+            if N > IN_REGISTERS:
+                self._renew_low(hidden_RND.dtype)
+            else:
+                self._low = None
             grad_hidden, grad_bias, value = fused_step(
                 hidden_RND, self.weight, self.bias, positives,
-                loss=loss, rule=update.rule, state=update.state, want_loss=want_loss, chunk_bytes=chunk_bytes, narrow=narrow,
+                loss=loss, rule=update.rule, state=update.state, want_loss=want_loss, chunk_bytes=self.chunk_bytes, narrow=narrow,
+                low=self._low,
             )  # fmt: skip
             if tell_gradient is not None:
                 tell_gradient(grad_hidden)
@@ -155,7 +159,7 @@ class LinearHead:
 
     def _renew_low(self, dtype: torch.dtype) -> None:
         """Make the copy of wide weights for products in another type, once: `step` has it brought up to date chunk by chunk."""
-        if not keeps_copy(self.weight.numel(), products=dtype, storage=self.weight.dtype):
+        if not keeps_copy(self.weight.numel(), products=dtype, storage=self.weight.dtype, device=self.weight.device):
             self._low = None
         elif self._low is None or self._low.dtype != dtype:
             self._low = self.weight.to(dtype)
@@ -176,9 +180,10 @@ class LinearHead:
 
     def _chunks(self, n_samples: int, products: torch.dtype) -> Iterator[slice]:
         R, B, D = self.weight.shape
-        each = bucket_bytes(n_samples, D, products=products)
-        n_chunks = -(-B // max(1, self.chunk_bytes // (R * each)))
-        width = -(-B // n_chunks)
+        most = max(1, self.chunk_bytes // (R * bucket_bytes(n_samples, D, products=products)))
+        step = ALIGNED if most >= ALIGNED else 1
+        n_chunks = -(-B // (most // step * step))
+        width = -(-B // (n_chunks * step)) * step
         return (slice(b, min(b + width, B)) for b in range(0, B, width))
 
     def _outputs(self, hidden_RND: Tensor, weight_RCD: Tensor, chunk: slice, room: str = "outputs 0") -> Tensor:

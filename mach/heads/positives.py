@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mach.gpu import send
+
 
 @dataclass(frozen=True, slots=True)
 class Positives:
@@ -30,8 +32,7 @@ class Positives:
         samples = np.repeat(np.tile(np.arange(N), R), counts.ravel())
         repetitions = np.repeat(np.arange(R), counts.sum(1))
         buckets = np.concatenate([indices[: indptr[-1] - indptr[0]] for indptr, indices in buckets_of]).astype(np.int64)
-        tensors = (torch.from_numpy(x).to(device) for x in (repetitions, samples, buckets, counts))
-        return cls(*tensors)
+        return cls(*(send(x, device) for x in (repetitions, samples, buckets, counts)))
 
     def of_samples(self, rows: slice) -> Positives:
         """Give the positives of a run of the samples, counted from its start."""

@@ -44,7 +44,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     )  # fmt: skip
     table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     stays = one.training_bytes - one.table_bytes + table
-    keeps_copy = linear.keeps_copy(n * B * width, products=products, storage=_storage(config))
+    keeps_copy = linear.keeps_copy(n * B * width, products=products, storage=_storage(config), device=device)
     copy = products.itemsize * B * width if keeps_copy else 0
     slots = 4 * B if config.compensated else 0
     beside = one.weight_bytes if n > 1 else 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mach.encoders import Input, SparseInput
+from mach.gpu import has_triton
 from mach.heads import Rule, Ruled
 from mach.heads.rounding import NARROW, key_of, narrow_rows
 from mach.heads.rules import BETAS, EPSILON, State
@@ -112,7 +112,7 @@ class Optimizer:
             )  # fmt: skip
             return
         weights, gradients, firsts, seconds = (list(x.unbind(0)) for x in (weight, gradient.to(weight.dtype), first, second))
-        steps = [torch.tensor(step - 1.0, device=gradient.device) for _ in weight]  # the kernel adds one
+        steps = list(torch.full((len(weight),), step - 1.0, device=gradient.device).unbind(0))  # the kernel adds one
         adamw(
             weights, gradients, firsts, seconds, [], steps, fused=True, amsgrad=False,
             beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=weight_decay, eps=EPSILON, maximize=False,
@@ -177,7 +177,7 @@ def _visit_of(device: str) -> Callable[..., None] | None:
     """Give what makes a row's gradient and updates it in one visit, on a GPU if Triton is there; else the two are done apart."""
     if device == "cpu":
         return update_rows_of
-    if find_spec("triton") is None:
+    if not has_triton():
         return None
     from mach.train import rows_triton
 

@@ -3,13 +3,15 @@
 U distinct features of the batch, N samples, F features, R repetitions packed side by side, D hidden width.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mach.encoders import SparseBatch
-from mach.heads.fused.triton_kernels import GOLDEN, bfloat16_of, mixed
+from mach.gpu import send
+from mach.gpu.triton_rounding import GOLDEN, bfloat16_of, mixed
 from mach.heads.rounding import signed
 
 
@@ -25,12 +27,13 @@ def update_rows_of(
     grad_RND = grad_NRD.transpose(0, 1).contiguous()
     if not len(batch.features):
         return
-    key_R = torch.tensor([signed(key) for key in keys], dtype=torch.int32, device=weight_FRD.device)
-    _update[(len(batch.features), R)](
-        weight_FRD, second_FR, batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_RND,
-        key_R, len(keys), rate, 1 - beta, 1 / correction, epsilon, grad_RND.shape[1], R, D,
-        BLOCK=triton.next_power_of_2(D), ROUNDS=weight_FRD.dtype == torch.bfloat16,
-    )  # fmt: skip
+    key_R = send(np.array([signed(key) for key in keys], np.int32), weight_FRD.device)
+    with torch.cuda.device_of(weight_FRD):  # type: ignore[no-untyped-call]  # torch has none
+        _update[(len(batch.features), R)](
+            weight_FRD, second_FR, batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_RND,
+            key_R, len(keys), rate, 1 - beta, 1 / correction, epsilon, grad_RND.shape[1], R, D,
+            BLOCK=triton.next_power_of_2(D), ROUNDS=weight_FRD.dtype == torch.bfloat16,
+        )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no types

@@ -274,7 +274,7 @@ def test_without_room_for_a_copy_each_chunk_is_rounded_anew_to_the_same_bits(los
     hidden, weight, bias = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((2, 5, 4), (2, 9, 4), (2, 9)))
     positives = positives_of(rng.random((2, 5, 9)) < 0.3)
     for most in (1 << 20, 0):
-        monkeypatch.setattr(linear, "COPY_BYTES", most)
+        monkeypatch.setitem(linear.COPY_BYTES, "cpu", most)
         head, own = LinearHead(weight.clone(), bias.clone()), []
 
         def update(name, buckets, gradient, copy, head=head, own=own):

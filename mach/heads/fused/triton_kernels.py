@@ -1,12 +1,19 @@
 # mypy: ignore-errors
-"""The head's step in Triton: outputs and weight gradient live in registers, only the outputs' gradient of a chunk in memory.
+"""The head's step in Triton: what products are made of and into, so that nothing is read or written twice.
 
     log_totals           softmax only: log-sum-exp over all outputs, by running maximum and sum
     positive_gradients   dLoss/dz of the positives, each a product of its own
     output_gradients     a tile of outputs and samples: z = h W^T + b, then dLoss/dz, written (R, C, N)
-    hidden_gradients     a block of the hidden gradient: g^T W over a stripe of the chunk's outputs
+
+of batches that fit a block of samples: outputs and the weights' gradient live in registers
+
     row_moments          row-wise optimisers only: mean square of a row's gradient, its moment, its step size
-    update_weights       a block of weights: gradient g h, rule, rounding; where all samples fit a block, also `hidden_gradients`
+    update_weights       a block of weights: gradient g h, rule, rounding; and its part of the hidden gradient, g^T W
+
+of larger batches, whose products torch takes
+
+    slopes               a tile of outputs, made without their biases: dLoss/dz in their place
+    apply_rule           a block of weights: rule and rounding, from their gradient
 
 Sums of products are float32. A program adds in a fixed order and owns what it writes: no atomics, the same bits every time.
 Outputs are the rows of every product, so that its M is large whatever the batch.
@@ -16,28 +23,16 @@ in float32 and integers there. Axes: R repetitions, B outputs, C outputs of a ti
 block of it; `padded` samples and `wide` hidden units are whole blocks, zeros beyond what is there.
 """
 
-import os
-
 import triton
 import triton.language as tl
+
+from mach.gpu.triton_rounding import GOLDEN, INTERPRETED, bfloat16_of, float8_of, mixed, nearest_of
 
 LOGISTIC, SQUARED_HINGE, SOFTMAX = (tl.constexpr(i) for i in range(3))
 DENSE_STEP, MOMENTS, ROWS = (tl.constexpr(i) for i in range(3))  # sgd; adamw; row-wise
 PLAIN, BFLOAT16, FLOAT8 = (tl.constexpr(i) for i in range(3))  # storage of the weights
-GOLDEN, OTHER = tl.constexpr(0x9E3779B1), tl.constexpr(0x85EBCA6B)
-FIRST, SECOND = tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+OTHER = tl.constexpr(0x85EBCA6B)
 CHANGING = ["first_tile", "n_chunk_tiles", "n_samples", "n_positives", "key"]  # from launch to launch: one kernel for all values
-
-
-@triton.jit
-def mixed(x):
-    """Let every bit of a uint32 depend on every bit."""
-    x ^= x >> 16
-    x *= FIRST
-    x ^= x >> 15
-    x *= SECOND
-    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -55,45 +50,11 @@ def product_of(a, b, total):
 
 
 @triton.jit
-def nearest_of(x, TYPE: tl.constexpr):
-    """Round numbers to the nearest of a type, ties to even."""
-    if INTERPRETED and TYPE == tl.bfloat16 and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan")).to(tl.bfloat16)
-    return x.to(TYPE)
-
-
-@triton.jit
 def noise_of(key, numbers, r, rows_C, columns_D):
     """Give the random bits of a block of weights, uint32 (C, D), from the key of seed and step and the repetition's number."""
     key_r = mixed(key.to(tl.uint32) + tl.load(numbers + r).to(tl.uint32) * OTHER)
     row_keys = mixed(rows_C.to(tl.uint32) * GOLDEN ^ key_r)
     return row_keys[:, None] + (columns_D.to(tl.uint32) * GOLDEN)[None, :]
-
-
-@triton.jit
-def bfloat16_of(x, u):
-    """Round float32 to bfloat16, stochastically.
-
-    Cutting off what is at least the largest finite number leaves that number, infinity or NaN: no noise there, no overflow.
-    """
-    noise = tl.where(tl.abs(x) < 3.3895313892515355e38, u >> 16, 0)
-    bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan")).to(tl.bfloat16)
-
-
-@triton.jit
-def float8_of(x, u):
-    """Round 32 times a float32 to e4m3, stochastically; at most 448."""
-    scaled = tl.minimum(tl.abs(x) * 32, 448.0)
-    exponent = tl.maximum((scaled.to(tl.int32, bitcast=True) >> 23) - 127, -6)
-    steps = scaled * ((130 - exponent) << 23).to(tl.float32, bitcast=True)  # in units of the last bit, below 16: exact
-    whole = tl.floor(steps)
-    share = ((steps - whole) * 4294967296.0).to(tl.uint32)
-    code = ((exponent + 6) << 3) + whole.to(tl.int32) + (u + share < u).to(tl.int32)  # a sum past 2**32 rounds up
-    code = tl.where(x == x, code, 0x7F) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
-    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
@@ -250,41 +211,17 @@ def output_gradients(
         tl.store(corner + row * padded + sample, g_P, mask=(positives < end) & (sample // N == block))
 
 
-@triton.jit(do_not_specialize=CHANGING)
-def hidden_gradients(
-    gradients, weight, parts, first_tile, n_outputs, width, padded, wide, n_chunk_tiles, n_held, n_blocks, n_width_blocks,
-    EVEN: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Add g^T W over every S-th tile of a chunk: parts (S, R, wide, padded). Program (stripe and blocks of units, samples; r)."""
-    block, rest = tl.program_id(0) % n_blocks, tl.program_id(0) // n_blocks
-    width_block, stripe = rest % n_width_blocks, rest // n_width_blocks
-    n_stripes = tl.num_programs(0) // (n_blocks * n_width_blocks)
-    r = tl.program_id(1).to(tl.int64)
-    lanes, columns, samples = tl.arange(0, C), width_block * D + tl.arange(0, D), block * N + tl.arange(0, N)
-    owned = parts + ((stripe * tl.num_programs(1) + r) * wide + columns[:, None]) * padded + samples[None, :]
-    total = tl.load(owned)
-    for tile in range(stripe, n_chunk_tiles, n_stripes):
-        g = tl.load(gradients + (r * n_held + tile * C + lanes)[:, None] * padded + samples[None, :])
-        rows = tl.minimum((first_tile + tile) * C + lanes, n_outputs - 1)
-        places = weight + (r * n_outputs + rows).to(tl.int64)[:, None] * width + columns[None, :]
-        w = weights_of(places, columns, width, EVEN)
-        total = product_of(tl.trans(nearest_of(w, g.dtype)), g, total)
-    tl.store(owned, total)
-
-
 @triton.jit
-def weight_gradient(
-    gradients, hidden, places_C, r, columns_D, padded, wide, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Give the gradient of a block of weights, summed over samples, float32 (C, D), and that of the rows' biases (C)."""
-    total, bias_total = tl.zeros((C, D), tl.float32), tl.zeros((C,), tl.float32)
-    for n in range(0, padded, N):
-        samples = n + tl.arange(0, N)
-        g = tl.load(gradients + places_C[:, None] * padded + samples[None, :])
-        h = tl.load(hidden + (r * padded + samples)[:, None] * wide + columns_D[None, :])
-        total = product_of(g, h, total)
-        bias_total += tl.sum(g.to(tl.float32), 1)
-    return total, bias_total
+def step_sizes(moments, places_C, exists_C, squares_C, width, rate, keep_moment, share, correction, epsilon):
+    """Renew the moments of rows from the sums of their gradients' squares; give the rows' step sizes (C).
+
+    moment <- keep moment + share mean_d g^2; step = rate / (sqrt(moment correction) + epsilon).
+    """
+    moment = tl.load(moments + places_C, mask=exists_C, other=0.0)
+    moment = keep_moment * moment + share * squares_C / width
+    tl.debug_barrier()  # threads that share a row have all read it
+    tl.store(moments + places_C, moment, mask=exists_C)
+    return rate / (tl.sqrt(moment * correction) + epsilon)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -294,21 +231,71 @@ def row_moments(
 ):  # fmt: skip
     """Bring the moments (R, B) of a tile's rows up to date and write their step sizes (R, held). Program (tile, repetition).
 
-    moment <- keep moment + share mean_d g^2; step = rate / (sqrt(moment correction) + epsilon). `scale` makes sums gradients.
+    `scale` makes sums gradients.
     """
     tile, r = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    lanes = tl.arange(0, C)
+    lanes, samples = tl.arange(0, C), tl.arange(0, N)
     held = r * n_held + tile * C + lanes
+    g = tl.load(gradients + held[:, None] * padded + samples[None, :])
     squares = tl.zeros((C,), tl.float32)
     for d in range(0, wide, D):
-        total, _ = weight_gradient(gradients, hidden, held, r, d + tl.arange(0, D), padded, wide, C, N, D)
-        total *= scale
+        h = tl.load(hidden + (r * padded + samples)[:, None] * wide + (d + tl.arange(0, D))[None, :])
+        total = product_of(g, h, tl.zeros((C, D), tl.float32)) * scale
         squares += tl.sum(total * total, 1)
     rows = (first_tile + tile) * C + lanes
-    moment = tl.load(moments + r * n_outputs + rows, mask=rows < n_outputs, other=0.0)
-    moment = keep_moment * moment + share * squares / width
-    tl.store(moments + r * n_outputs + rows, moment, mask=rows < n_outputs)
-    tl.store(steps + held, rate / (tl.sqrt(moment * correction) + epsilon))
+    size = step_sizes(
+        moments, r * n_outputs + rows, rows < n_outputs, squares, width, rate, keep_moment, share, correction, epsilon
+    )
+    tl.store(steps + held, size)
+
+
+@triton.jit
+def renew(
+    weight, low, stored, gradient, step_C, first, second, lost, slots, numbers, r, rows_C, columns_D, places, mask,
+    n_outputs, width, n_slots, key, first_row, rate, keep, share_1, share_2, epsilon,
+    RULE: tl.constexpr, STORAGE: tl.constexpr, COMPENSATED: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Change a block of weights, whose stored numbers were read, by its gradient (C, D) and a rule, round and store it.
+
+        DENSE_STEP  w <- keep w - rate g
+        MOMENTS     m <- m + share_1 (g - m);  v <- v + share_2 (g g - v);  w <- keep w - rate m / (sqrt(v) + epsilon)
+        ROWS        w <- keep w - step[row] g
+
+    rounded stochastically to the storage. COMPENSATED: a row of slot s >= 0 is w + lost[s], rounded to the nearest; lost[s] keeps
+    the rest. COPIES: `low` takes the same numbers, rounded to the nearest of its type.
+    """
+    w = stored.to(tl.float32)
+    if STORAGE == FLOAT8:
+        w *= 0.03125
+    if COMPENSATED:
+        slot = tl.load(slots + r * n_outputs + tl.minimum(rows_C, n_outputs - 1))
+        is_kept = (slot >= 0)[:, None]
+        rests = lost + (r * n_slots + slot).to(tl.int64)[:, None] * width + columns_D[None, :]
+        w += tl.load(rests, mask=mask & is_kept, other=0.0).to(tl.float32)
+    if RULE == MOMENTS:
+        m, v = tl.load(first + places, mask=mask, other=0.0), tl.load(second + places, mask=mask, other=0.0)
+        m += share_1 * (gradient - m)
+        v += share_2 * (gradient * gradient - v)
+        tl.store(first + places, m, mask=mask)
+        tl.store(second + places, v, mask=mask)
+        change = rate * m / (tl.sqrt(v) + epsilon)
+    elif RULE == ROWS:
+        change = step_C[:, None] * gradient
+    else:
+        change = rate * gradient
+    w = keep * w - change
+    if STORAGE == PLAIN:
+        new = w
+    else:
+        u = noise_of(key, numbers, r, rows_C + first_row, columns_D)
+        new = bfloat16_of(w, u) if STORAGE == BFLOAT16 else float8_of(w, u)
+    if COMPENSATED:
+        nearest = nearest_of(w, tl.bfloat16)
+        tl.store(rests, nearest_of(w - nearest.to(tl.float32), tl.bfloat16), mask=mask & is_kept)
+        new = tl.where(is_kept, nearest, new)
+    tl.store(weight + places, new, mask=mask)
+    if COPIES:
+        tl.store(low + places, nearest_of(w, low.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -316,73 +303,116 @@ def update_weights(
     gradients, hidden, weight, bias_gradient, parts, steps, first, second, lost, slots, numbers,
     first_tile, n_outputs, width, padded, wide, n_chunk_tiles, n_held, n_width_blocks, n_slots,
     key, first_row, scale, rate, keep, share_1, share_2, epsilon,
-    RULE: tl.constexpr, STORAGE: tl.constexpr, HIDDEN: tl.constexpr, COMPENSATED: tl.constexpr, EVEN: tl.constexpr,
+    RULE: tl.constexpr, STORAGE: tl.constexpr, COMPENSATED: tl.constexpr, EVEN: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Update every S-th tile of a chunk in one block of hidden units. Program (stripe S and block, repetition).
 
-    With g the gradient of a weight, `scale` times the sum over samples:
-
-        DENSE_STEP  w <- keep w - rate g
-        MOMENTS     m <- m + share_1 (g - m);  v <- v + share_2 (g g - v);  w <- keep w - rate m / (sqrt(v) + epsilon)
-        ROWS        w <- keep w - steps[row] g
-
-    rounded stochastically to the storage. COMPENSATED: a row of slot s >= 0 is w + lost[s], rounded to the nearest; lost[s] keeps
-    the rest. HIDDEN, where one block holds all samples: old weights, while they are here, give their part of the hidden gradient.
+    The gradient of a weight is `scale` times the sum over samples. Old weights, while they are here, give their part of the
+    hidden gradient: parts (S, R, wide, padded).
     """
     width_block, stripe = tl.program_id(0) % n_width_blocks, tl.program_id(0) // n_width_blocks
     n_stripes = tl.num_programs(0) // n_width_blocks
     r = tl.program_id(1).to(tl.int64)
     lanes, columns, samples = tl.arange(0, C), width_block * D + tl.arange(0, D), tl.arange(0, N)
     owned = parts + ((stripe * tl.num_programs(1) + r) * wide + columns[:, None]) * padded + samples[None, :]
-    if HIDDEN:
-        part = tl.load(owned)
-        h = tl.load(hidden + (r * padded + samples)[:, None] * wide + columns[None, :])
+    part = tl.load(owned)
+    h = tl.load(hidden + (r * padded + samples)[:, None] * wide + columns[None, :])
     for tile in range(stripe, n_chunk_tiles, n_stripes):
         held = r * n_held + tile * C + lanes
         rows = (first_tile + tile) * C + lanes
-        inside = tl.minimum(rows, n_outputs - 1)
-        places = (r * n_outputs + inside).to(tl.int64)[:, None] * width + columns[None, :]
+        places = (r * n_outputs + tl.minimum(rows, n_outputs - 1)).to(tl.int64)[:, None] * width + columns[None, :]
         stored = weights_of(weight + places, columns, width, EVEN)
-        if HIDDEN:
-            g = tl.load(gradients + held[:, None] * padded + samples[None, :])
-            total = product_of(g, h, tl.zeros((C, D), tl.float32))
-            bias_total = tl.sum(g.to(tl.float32), 1)
-            part = product_of(tl.trans(nearest_of(stored, g.dtype)), g, part)
-        else:
-            total, bias_total = weight_gradient(gradients, hidden, held, r, columns, padded, wide, C, N, D)
+        g = tl.load(gradients + held[:, None] * padded + samples[None, :])
+        total = product_of(g, h, tl.zeros((C, D), tl.float32))
+        part = product_of(tl.trans(nearest_of(stored, g.dtype)), g, part)
         if width_block == 0:
+            bias_total = tl.sum(g.to(tl.float32), 1)
             tl.store(bias_gradient + r * n_outputs + rows, bias_total * scale, mask=rows < n_outputs)
         mask = (rows < n_outputs)[:, None] & (columns < width)[None, :]
-        gradient, w = total * scale, stored.to(tl.float32)
-        if STORAGE == FLOAT8:
-            w *= 0.03125
-        if COMPENSATED:
-            slot = tl.load(slots + r * n_outputs + inside)
-            is_kept = (slot >= 0)[:, None]
-            rests = lost + (r * n_slots + slot).to(tl.int64)[:, None] * width + columns[None, :]
-            w += tl.load(rests, mask=mask & is_kept, other=0.0).to(tl.float32)
-        if RULE == MOMENTS:
-            m, v = tl.load(first + places, mask=mask, other=0.0), tl.load(second + places, mask=mask, other=0.0)
-            m += share_1 * (gradient - m)
-            v += share_2 * (gradient * gradient - v)
-            tl.store(first + places, m, mask=mask)
-            tl.store(second + places, v, mask=mask)
-            change = rate * m / (tl.sqrt(v) + epsilon)
-        elif RULE == ROWS:
-            change = tl.load(steps + held)[:, None] * gradient
-        else:
-            change = rate * gradient
-        w = keep * w - change
-        if STORAGE == PLAIN:
-            new = w
-        else:
-            u = noise_of(key, numbers, r, rows + first_row, columns)
-            new = bfloat16_of(w, u) if STORAGE == BFLOAT16 else float8_of(w, u)
-        if COMPENSATED:
-            nearest = nearest_of(w, tl.bfloat16)
-            tl.store(rests, nearest_of(w - nearest.to(tl.float32), tl.bfloat16), mask=mask & is_kept)
-            new = tl.where(is_kept, nearest, new)
-        tl.store(weight + places, new, mask=mask)
-    if HIDDEN:
-        tl.store(owned, part)
+        step = tl.load(steps + held) if RULE == ROWS else 0.0
+        renew(
+            weight, weight, stored, total * scale, step, first, second, lost, slots, numbers, r, rows, columns, places, mask,
+            n_outputs, width, n_slots, key, first_row, rate, keep, share_1, share_2, epsilon, RULE, STORAGE, COMPENSATED, False,
+        )  # fmt: skip
+    tl.store(owned, part)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def slopes(
+    z, bias, bias_gradient, buckets, samples_of, at_positives, offsets, losses,
+    first_tile, n_chunk_tiles, n_held, n_outputs, n_samples, n_tiles, scale,
+    LOSS: tl.constexpr, WANT_LOSS: tl.constexpr, C: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Turn outputs without their biases, z (R, N, held), into dLoss/dz, a tile of C outputs at a time.
+
+    As `output_gradients`: all are negatives first, then the tile's positives are written over them. Program (tile of the chunk
+    and S-th stripe of samples, repetition). Bias_gradient (S, R, outputs) and, if wanted, losses (S, R, tiles) take its part of
+    sums; the latter without what positives change. What is held beyond the last output comes to nothing.
+    """
+    n_stripes = tl.num_programs(0) // n_chunk_tiles
+    tile, stripe = tl.program_id(0) // n_stripes, tl.program_id(0) % n_stripes
+    r, R = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    lanes = tl.arange(0, C)
+    rows = (first_tile + tile) * C + lanes
+    beta = tl.load(bias + r * n_outputs + rows, mask=rows < n_outputs, other=0.0)
+    corner = z + r * n_samples * n_held + tile * C
+    each = tl.cdiv(tl.cdiv(n_samples, n_stripes), N) * N
+    begin, end = stripe * each, tl.minimum((stripe + 1) * each, n_samples)
+    totals, loss = tl.zeros((N, C), tl.float32), tl.zeros((C,), tl.float32)
+    for n in range(begin, end, N):
+        samples = n + tl.arange(0, N)
+        places = corner + samples.to(tl.int64)[:, None] * n_held + lanes[None, :]
+        value = tl.load(places, mask=(samples < end)[:, None], other=0.0).to(tl.float32) + beta[None, :]
+        g = nearest_of(slope_of(value, 1.0, LOSS), z.dtype.element_ty)
+        tl.store(places, g, mask=(samples < end)[:, None])
+        totals += tl.where((samples < end)[:, None], g.to(tl.float32), 0.0)
+        if WANT_LOSS:
+            exists = (samples < end)[:, None] & (rows < n_outputs)[None, :]
+            loss += tl.sum(tl.where(exists, loss_of(value, 1.0, LOSS), 0.0), 0)
+    total = tl.sum(totals, 0)
+    tl.debug_barrier()  # these before those: they go to the same places
+    place = r * (n_tiles + 1) + first_tile + tile
+    last = tl.load(offsets + place + 1)
+    for p in range(tl.load(offsets + place), last, P):
+        positives = p + tl.arange(0, P)
+        sample = tl.load(samples_of + positives, mask=positives < last, other=-1)
+        mine = (sample >= begin) & (sample < end)
+        lane = tl.load(buckets + positives, mask=mine, other=0) - (first_tile + tile) * C
+        where = corner + sample.to(tl.int64) * n_held + lane
+        before = tl.load(where, mask=mine, other=0.0).to(tl.float32)
+        g = nearest_of(tl.load(at_positives + positives, mask=mine, other=0.0), z.dtype.element_ty)
+        tl.debug_barrier()  # threads that share a positive have all read it
+        tl.store(where, g, mask=mine)
+        change = tl.where(mine, g.to(tl.float32) - before, 0.0)
+        total += tl.sum(tl.where(lane[:, None] == lanes[None, :], change[:, None], 0.0), 0)
+    tl.store(bias_gradient + (stripe * R + r) * n_outputs + rows, total * scale, mask=rows < n_outputs)
+    if WANT_LOSS:
+        tl.store(losses + (stripe * R + r) * n_tiles + first_tile + tile, tl.sum(loss))
+
+
+@triton.jit(do_not_specialize=[*CHANGING, "first_output", "n_here"])
+def apply_rule(
+    gradient, weight, low, first, second, lost, slots, numbers,
+    first_output, n_here, n_outputs, width, n_slots,
+    key, first_row, scale, rate, keep, share_1, share_2, epsilon, keep_moment, share, correction,
+    RULE: tl.constexpr, STORAGE: tl.constexpr, COMPENSATED: tl.constexpr, COPIES: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Update a chunk's weights from their gradient (R, n_here, width), `scale` times. Program (block of C whole rows; r)."""
+    r = tl.program_id(1).to(tl.int64)
+    here, columns = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, D)
+    mask = (here < n_here)[:, None] & (columns < width)[None, :]
+    g = tl.load(gradient + (r * n_here + here)[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    rows = first_output + here
+    places = (r * n_outputs + rows)[:, None] * width + columns[None, :]
+    step = 0.0
+    if RULE == ROWS:
+        step = step_sizes(
+            second, r * n_outputs + rows, here < n_here, tl.sum(g * g, 1), width, rate, keep_moment, share, correction, epsilon
+        )
+    stored = tl.load(weight + places, mask=mask, other=0.0)
+    renew(
+        weight, low, stored, g, step, first, second, lost, slots, numbers, r, rows, columns, places, mask,
+        n_outputs, width, n_slots, key, first_row, rate, keep, share_1, share_2, epsilon, RULE, STORAGE, COMPENSATED, COPIES,
+    )  # fmt: skip
