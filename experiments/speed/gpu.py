@@ -84,12 +84,18 @@ def ceilings(device: torch.device, B: int, D: int, N: int) -> tuple[float, float
     return seconds_of(products, device), 2 * weight.nbytes / seconds_of(weight.clone, device)
 
 
-def measure(dataset: Dataset, device: torch.device, B: int, D: int, N: int, n_steps: int) -> None:
-    """Print the rows of one batch size."""
-    (bare, bandwidth), flops = ceilings(device, B, D, N), 3 * 2 * R * N * B * D
-    config = mach.Config(buckets=B, hidden=D, repetitions=R, batch_size=N, precision="bfloat16", epochs=1000)
+def group_of(dataset: Dataset, device: torch.device, B: int, D: int) -> Group:
+    """Give repetitions with their first weights, which take longer to draw than all the rest here."""
+    config = mach.Config(buckets=B, hidden=D, repetitions=R, precision="bfloat16", epochs=1000, validation=0.0)
     sizes = sizes_of(config, dataset)
-    group = Group(config, dataset, sizes, table_of(config, sizes, range(R), dataset.label_names), device)
+    return Group(config, dataset, sizes, table_of(config, sizes, range(R), dataset.label_names), device)
+
+
+def measure(group: Group, N: int, n_steps: int) -> None:
+    """Print the row of one batch size; the group trains on."""
+    device, (_, B, D) = group.device, group.packed.parameters["head.weight"].shape
+    (bare, bandwidth), flops = ceilings(device, B, D, N), 3 * 2 * R * N * B * D
+    group.config = group.config.replace(batch_size=N)
     steps = group.steps(lambda r: None)
     for _ in range(5):
         next(steps)
@@ -126,8 +132,9 @@ def main() -> None:
         print(f"\nR = {R}, B = {B:,}, D = {D:,}, F = {F:,}, 50 features a sample\n")
         print("| batch | bare, TFLOP/s | copy, GB/s | step, ms | in the step, TFLOP/s | of bare | samples x R / s | ms by part |")
         print("|---|---|---|---|---|---|---|---|")
+        group = group_of(dataset, device, B, D)
         for batch in map(int, args.batch.split(",")):
-            measure(dataset, device, B, D, min(batch, n), args.steps)
+            measure(group, min(batch, n), args.steps)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mach.data import CSR
+from mach.gpu import send, takes_kernels
 from mach.kernels import array_of, in_threads, jit, jit_sums, read
 
 GRADIENT_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of one block of row gradients; on a CPU it stays in a core's cache
@@ -89,14 +90,8 @@ def make_batch(
         samples, offsets = (samples + each * len(lengths)).ravel(), (offsets + each * len(values)).ravel()
         values = np.tile(values, R)
     by_feature = _transpose(indices, samples, values, n_rows)
-    tensors = [_to(device, array) for array in (offsets, indices, values, *by_feature)]
+    tensors = [send(array, device) for array in (offsets, indices, values, *by_feature)]
     return SparseBatch(by_feature[1], *tensors)
-
-
-def _to(device: torch.device, array: np.ndarray) -> Tensor:
-    """Move an array to a device; to a GPU by way of pinned memory, so that the copy runs beside the kernels."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _transpose(
@@ -150,6 +145,10 @@ class SparseInput:
         rows = self.weight.view(-1, D) if self.is_hashed else self.weight.flatten(1)
         if rows.device.type == "cpu":
             z = _sum_rows(rows, batch)
+        elif takes_kernels(rows.device) and batch.values.dtype == torch.float32:
+            from mach.encoders import triton_kernels
+
+            z = triton_kernels.sum_rows(rows, batch.offsets, batch.indices, batch.values)
         else:
             values = batch.values.to(rows.dtype)
             z = embedding_bag(batch.indices, rows, batch.offsets, mode="sum", per_sample_weights=values).to(batch.values.dtype)

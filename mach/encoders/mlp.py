@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mach.encoders.dropout import Dropout
+from mach.gpu import takes_kernels
 from mach.kernels import array_of, in_threads, jit_ieee, read, write
 
 Update = Callable[[str, slice, Tensor, Tensor | None], None]  # see `mach.heads`
@@ -68,6 +69,12 @@ class MLP:
     def _first(self, z_NRD: Tensor, drop: Dropout | None, dtype: torch.dtype) -> Tensor:
         """Give relu(z + b), some dropped: (R, N, D), contiguous, in the type asked for."""
         N, R, D = z_NRD.shape
+        if takes_kernels(z_NRD.device) and z_NRD.dtype == torch.float32:
+            from mach.encoders import triton_kernels
+
+            random = None if drop is None else drop.bytes(N, D)
+            kept, scale = (256, 1.0) if drop is None else (drop.kept, drop.scale)
+            return triton_kernels.first(z_NRD, self.bias, random, kept, scale, dtype)
         if z_NRD.device.type != "cpu":
             hidden = torch.relu((z_NRD + self.bias).transpose(0, 1))
             return (hidden if drop is None else drop(hidden)).to(dtype).contiguous()
@@ -82,6 +89,10 @@ class MLP:
     @staticmethod
     def _first_backward(hidden_RND: Tensor, grad_RND: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Turn the gradient of what `_first` gave into that of z + b, of the type asked for, and its sum over the samples."""
+        if takes_kernels(grad_RND.device) and grad_RND.dtype == torch.float32:
+            from mach.encoders import triton_kernels
+
+            return triton_kernels.first_backward(hidden_RND, grad_RND, scale, dtype)
         if grad_RND.device.type != "cpu":
             grad_RND.mul_(hidden_RND > 0).mul_(scale)
             return grad_RND.to(dtype), grad_RND.sum(1)

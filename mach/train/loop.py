@@ -34,7 +34,7 @@ from mach.model import (
     resolve_rows,
 )
 from mach.train.clock import clock_for
-from mach.train.feed import ahead
+from mach.train.feed import THREADS, ahead
 from mach.train.finite import FiniteWatch, Place, is_finite
 from mach.train.frequent import slots_of
 from mach.train.memory import peak_bytes
@@ -134,7 +134,7 @@ class Group:
 
     def steps(self, on_better: Callable[[int], None]) -> Generator[StepRecord, None, None]:
         """Train until done, yielding a record a step. `on_better(r)` marks a best epoch of the r-th packed repetition."""
-        batches = ahead(self._prepare, self._rows_to_come())
+        batches = ahead(self._prepare, self._rows_to_come(), THREADS[self.device.type])
         self.clock.start()
         try:
             while not self.done:
