@@ -34,6 +34,7 @@ from mach.heads.fused.triton_batch import LOW, Blocks  # noqa: E402
 from mach.train.optim import Optimizer  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # tests/conftest.py asks for the interpreter there
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # beyond the last output
 FLOAT8 = torch.float8_e4m3fn
 STORAGES = [torch.float32, torch.bfloat16, FLOAT8]
 OF_EIGHTH = 1e-4 if torch.cuda.is_available() else 2e-6  # of a loss: Hopper's own sums of products of float8 have some 14 bits
