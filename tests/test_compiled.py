@@ -102,13 +102,14 @@ for dtype in (torch.float32, torch.bfloat16):
     triton_kernels.first_backward(hidden, grad, 1.5, dtype)
 """
 LAUNCHES = {
-    "encoders": (OF_ENCODERS, {"_first", "_first_backward", "_sum_rows"}),
+    "encoders, rows and decoding": (
+        OF_ENCODERS + OF_ROWS + OF_DECODING,
+        {"_first", "_first_backward", "_sum_rows", "_update", "block_maxima", "chosen_scores"},
+    ),
     "heads": (
         OF_HEADS,
         {"apply_rule", "log_totals", "output_gradients", "positive_gradients", "row_moments", "slopes", "update_weights"},
     ),
-    "rows": (OF_ROWS, {"_update"}),
-    "decoding": (OF_DECODING, {"block_maxima", "chosen_scores"}),
 }
 
 

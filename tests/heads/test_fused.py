@@ -451,7 +451,10 @@ print(triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), opt
 
 @pytest.mark.parametrize(
     ("capability", "instruction", "n_sums"),
-    [(89, r"mma\.sync.*\.f32\.e4m3\.e4m3\.f32", 64), (90, r"wgmma.*\.f32\.e4m3\.e4m3", 2 * 64)],
+    [
+        pytest.param(89, r"mma\.sync.*\.f32\.e4m3\.e4m3\.f32", 64, marks=pytest.mark.slow),
+        (90, r"wgmma.*\.f32\.e4m3\.e4m3", 2 * 64),
+    ],
 )
 def test_outputs_in_float8_are_made_by_the_gpus_own_products_of_float8(capability, instruction, n_sums, tmp_path):
     """Compiled for a GPU that need not be there. Each of a thread's 64 sums gets its bias; on Hopper a slice's sum before."""

@@ -344,7 +344,7 @@ def test_bytes_that_have_changed_are_seen(run, tiny, tmp_path):
 # Memory
 
 
-@pytest.mark.parametrize("top_buckets", [None, 7])
+@pytest.mark.parametrize("top_buckets", [None, pytest.param(7, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_samples(tmp_path, monkeypatch, top_buckets):
     """Scores are mapped, and a row group of results is held: ten times the samples take what one tenth takes."""
     monkeypatch.setattr(predictions, "GROUP_ROWS", 1000)

@@ -204,7 +204,9 @@ def kill_when_under_way(arguments, checkpoint_file, least_step):
     return checkpoint.read_progress(checkpoint_file)["step"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"patience": 200}], ids=["plain", "patience"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, id="plain"), pytest.param({"patience": 200}, id="patience", marks=pytest.mark.slow)]
+)
 def test_killed_outright_at_a_random_moment(tiny, tmp_path, settings):
     config = SMALL.replace(epochs=200, **settings)  # 400 steps
     (tmp_path / "config.toml").write_text(dump_toml(config))
