@@ -220,6 +220,23 @@ def test_the_head_keeps_such_a_copy_for_large_batches_alone(monkeypatch):
     assert seen[1] is None and all(torch.equal(low, problem.stored.bfloat16()) for low in seen[::2])
 
 
+def test_a_large_batch_holds_the_sums_of_a_chunk_alone(monkeypatch):
+    """The samples go in two stripes, each with sums of its own."""
+    shapes, slopes = [], triton_kernels.slopes
+
+    class Noting:
+        def __getitem__(self, grid):
+            def launch(*given, **how):
+                shapes.append((given[2].shape, given[7].shape))
+                slopes[grid](*given, **how)
+
+            return launch
+
+    monkeypatch.setattr(triton_kernels, "slopes", Noting())
+    check_gradients(Problem.of(1, 40, 84, 4, torch.bfloat16), "logistic", SMALL, chunk_bytes=1)
+    assert shapes == [((2, 1, 32), (2, 1, 1))] * 3
+
+
 def test_a_positive_surely_found_keeps_its_small_gradient():
     """sigmoid(z) - 1 in bfloat16 would be 0 for z = 12."""
     hidden, weight = torch.ones(1, 1, 16).bfloat16().to(DEVICE), torch.full((1, 32, 16), 0.75).to(DEVICE)

@@ -347,7 +347,7 @@ def slopes(
     """Turn outputs without their biases, z (R, N, held), into dLoss/dz, a tile of C outputs at a time.
 
     As `output_gradients`: all are negatives first, then the tile's positives are written over them. Program (tile of the chunk
-    and S-th stripe of samples, repetition). Bias_gradient (S, R, outputs) and, if wanted, losses (S, R, tiles) take its part of
+    and S-th stripe of samples, repetition). Bias_gradient (S, R, held) and, if wanted, losses (S, R, tiles) take its part of
     sums; the latter without what positives change. What is held beyond the last output comes to nothing.
     """
     n_stripes = tl.num_programs(0) // n_chunk_tiles
@@ -386,9 +386,9 @@ def slopes(
         tl.store(where, g, mask=mine)
         change = tl.where(mine, g.to(tl.float32) - before, 0.0)
         total += tl.sum(tl.where(lane[:, None] == lanes[None, :], change[:, None], 0.0), 0)
-    tl.store(bias_gradient + (stripe * R + r) * n_outputs + rows, total * scale, mask=rows < n_outputs)
+    tl.store(bias_gradient + (stripe * R + r) * n_held + tile * C + lanes, total * scale)
     if WANT_LOSS:
-        tl.store(losses + (stripe * R + r) * n_tiles + first_tile + tile, tl.sum(loss))
+        tl.store(losses + (stripe * R + r) * n_chunk_tiles + tile, tl.sum(loss))
 
 
 @triton.jit(do_not_specialize=[*CHANGING, "first_output", "n_here"])

@@ -89,14 +89,14 @@ class ByProducts:
         z = hidden.new_empty(R, N, held)[..., : part.stop - part.start]
         torch.bmm(hidden, weight.transpose(1, 2), out=z)
         n_stripes = max(1, min(-(-N // SAMPLES), PROGRAMS * made.n_programs // (n * R)))
-        biases = made.bias.new_empty(n_stripes, R, B)
-        losses = made.bias.new_zeros(n_stripes, R, made.n_tiles) if self.want_loss else made.bias
+        biases = made.bias.new_empty(n_stripes, R, held)
+        losses = made.bias.new_empty(n_stripes, R, n) if self.want_loss else made.bias
         kernels.slopes[(n * n_stripes, R)](
             z, made.bias, biases, made.buckets, made.samples, at_positives, made.offsets, losses,
             first, n, held, B, N, made.n_tiles, 1 / N,
             LOSS=LOSSES[made.loss], WANT_LOSS=self.want_loss, C=made.blocks.outputs[0], N=SAMPLES, P=POSITIVES[1], num_warps=4,
         )  # fmt: skip
-        grad_bias[:, part] = biases[:, :, part].sum(0)
+        grad_bias[:, part] = biases.sum(0)[:, : z.shape[2]]
         return z, losses
 
     def _apply(self, gradient: Tensor, part: slice) -> None:
