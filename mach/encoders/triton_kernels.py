@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mach.gpu import launching_on
 from mach.gpu.triton_rounding import nearest_of
 
 WIDEST = 2048  # numbers of a row that a program holds
@@ -22,7 +23,7 @@ def sum_rows(rows_FX: Tensor, offsets_N: Tensor, indices: Tensor, values: Tensor
     out = torch.empty(N, X, dtype=torch.float32, device=rows_FX.device)
     if N:
         block = min(WIDEST, triton.next_power_of_2(X))
-        with torch.cuda.device_of(rows_FX):
+        with launching_on(rows_FX):
             _sum_rows[(N, triton.cdiv(X, block))](
                 rows_FX, offsets_N, indices, values, out, N, len(indices), X, BLOCK=block, num_warps=_warps(block)
             )
@@ -36,7 +37,7 @@ def first(z_NRD: Tensor, bias_RD: Tensor, random_RND: Tensor | None, kept: int, 
     if N:
         drops, block = random_RND is not None, triton.next_power_of_2(D)
         random = random_RND if drops else out  # the latter is not read
-        with torch.cuda.device_of(z_NRD):
+        with launching_on(z_NRD):
             _first[(N, R)](
                 z_NRD, bias_RD, random, out, *z_NRD.stride()[:2], random.stride(0), N, D, kept, scale,
                 BLOCK=block, DROPS=drops, num_warps=_warps(D),
@@ -49,7 +50,7 @@ def first_backward(hidden_RND: Tensor, grad_RND: Tensor, scale: float, dtype: to
     R, N, D = grad_RND.shape
     n_stripes = max(1, min(N, STRIPES // R))
     out, parts = torch.empty_like(grad_RND, dtype=dtype), grad_RND.new_empty(n_stripes, R, D)
-    with torch.cuda.device_of(grad_RND):
+    with launching_on(grad_RND):
         _first_backward[(n_stripes, R)](
             hidden_RND, grad_RND.contiguous(), out, parts, N, D, scale, BLOCK=triton.next_power_of_2(D), num_warps=_warps(D)
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,6 +20,11 @@ def has_triton() -> bool:
 def takes_kernels(device: torch.device) -> bool:
     """Tell whether kernels of Triton run on a device; elsewhere torch's operations do the same."""
     return device.type == "cuda" and has_triton()
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager[None]:
+    """Launch kernels on the GPU of a tensor, which need not be the current one; nothing for tensors elsewhere."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]  # torch has none
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mach.encoders import SparseBatch
-from mach.gpu import send
+from mach.gpu import launching_on, send
 from mach.gpu.triton_rounding import GOLDEN, bfloat16_of, mixed
 from mach.heads.rounding import signed
 
@@ -28,7 +28,7 @@ def update_rows_of(
     if not len(batch.features):
         return
     key_R = send(np.array([signed(key) for key in keys], np.int32), weight_FRD.device)
-    with torch.cuda.device_of(weight_FRD):  # type: ignore[no-untyped-call]  # torch has none
+    with launching_on(weight_FRD):
         _update[(len(batch.features), R)](
             weight_FRD, second_FR, batch.features, batch.feature_offsets, batch.feature_samples, batch.feature_values, grad_RND,
             key_R, len(keys), rate, 1 - beta, 1 / correction, epsilon, grad_RND.shape[1], R, D,

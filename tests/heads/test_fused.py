@@ -29,6 +29,7 @@ from mach.heads.scaled import Scaled, scaled
 triton = pytest.importorskip("triton", reason="no Triton here: pip install 'mach[gpu]'")
 tl = pytest.importorskip("triton.language")
 
+from mach.gpu.triton_rounding import bfloat16_of, float8_of  # noqa: E402
 from mach.heads.fused import triton_kernels, triton_step  # noqa: E402
 from mach.heads.fused.triton_batch import LOW, Blocks  # noqa: E402
 from mach.train.optim import Optimizer  # noqa: E402
@@ -259,7 +260,7 @@ def test_the_same_bits_every_time_and_for_any_chunk_but_in_the_hidden_gradient(b
 @triton.jit
 def round_kernel(values, bits, out, KIND: tl.constexpr, N: tl.constexpr):
     x, u = tl.load(values + tl.arange(0, N)), tl.load(bits + tl.arange(0, N)).to(tl.uint32)
-    new = triton_kernels.bfloat16_of(x, u) if KIND == 1 else triton_kernels.float8_of(x, u)
+    new = bfloat16_of(x, u) if KIND == 1 else float8_of(x, u)
     tl.store(out + tl.arange(0, N), new)
 
 

@@ -18,6 +18,7 @@ from mach.decoding.device import triton_kernels
 from mach.decoding.device.torch_scan import TorchScan
 from mach.decoding.scan import MEDIAN
 from mach.errors import ConfigError
+from mach.gpu import launching_on
 from mach.hashing.device import MAX_INT32_PRIME, DeviceTable
 
 GROUPS = 8, 16  # samples that a bucket answers: one or two sectors of 32 bytes
@@ -76,7 +77,7 @@ class TritonScan(TorchScan):
         """Give the best score of each block, (N, G)."""
         out_NG = self.packed.new_empty(len(self.packed) * self.group, self.n_blocks)
         grid = (self.n_blocks, len(self.packed))
-        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]  # torch has none
+        with launching_on(self.packed):
             triton_kernels.block_maxima[grid](self.packed, *self._held(), out_NG, *self._sizes(), self.n_blocks, **self.meta)
         return out_NG[: len(self.scores_NRB)]
 
@@ -85,7 +86,7 @@ class TritonScan(TorchScan):
         N, M = blocks_NM.shape
         out_NM = self.packed.new_empty(N, M * self.width)
         given = (rows_N.contiguous(), blocks_NM.contiguous(), out_NM)
-        with torch.cuda.device_of(self.packed):  # type: ignore[no-untyped-call]  # torch has none
+        with launching_on(self.packed):
             triton_kernels.chosen_scores[(N * M,)](self.packed, *self._held(), *given, *self._sizes(), M, **self.meta)
         return self.labels_of(blocks_NM)[0], out_NM
 

@@ -19,7 +19,7 @@ from mach.heads.positives import Positives
 from mach.heads.rules import BETAS, EPSILON, Rule, State
 from mach.heads.scaled import Scaled
 
-LOSSES = {"logistic": 0, "squared-hinge": 1, "softmax": 2}  # as in triton_kernels
+LOSSES = {"logistic": 0, "squared-hinge": 1, "softmax": 2}  # these as in the kernels
 DENSE_STEP, MOMENTS, ROWS = range(3)
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 POSITIVES = 16, 32  # of a program that makes their gradients; of a tile, written at once
@@ -80,7 +80,7 @@ class Ruling:
         return self.keep_moment, self.share, self.correction
 
 
-class Batch:
+class HeadBatch:
     """One batch, ready for the kernels, and what any way of taking the step begins with."""
 
     def __init__(

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mach.heads.fused import triton_kernels as kernels
-from mach.heads.fused.triton_batch import LOSSES, POSITIVES, STORED, Batch, Ruling, kept, n_slots, numbers_of
+from mach.heads.fused import triton_kernels, triton_update_kernels
+from mach.heads.fused.triton_batch import LOSSES, POSITIVES, STORED, HeadBatch, Ruling, kept, n_slots, numbers_of
 from mach.heads.rounding import signed, step_key, widen
 from mach.heads.rules import Rule, State
 
@@ -29,7 +29,7 @@ ADDS_WIDE = hasattr(torch.ops.aten.baddbmm, "dtype")  # torch 2.8 and later add 
 class ByProducts:
     """A step's products, one after the other over all samples and a chunk of outputs."""
 
-    def __init__(self, made: Batch, rule: Rule, state: State, want_loss: bool, low: Tensor | None):
+    def __init__(self, made: HeadBatch, rule: Rule, state: State, want_loss: bool, low: Tensor | None):
         self.made, self.rule, self.state, self.want_loss, self.low = made, rule, state, want_loss, low
         self.ruling = Ruling.of(rule)
 
@@ -91,7 +91,7 @@ class ByProducts:
         n_stripes = max(1, min(-(-N // SAMPLES), PROGRAMS * made.n_programs // (n * R)))
         biases = made.bias.new_empty(n_stripes, R, held)
         losses = made.bias.new_empty(n_stripes, R, n) if self.want_loss else made.bias
-        kernels.slopes[(n * n_stripes, R)](
+        triton_kernels.slopes[(n * n_stripes, R)](
             z, made.bias, biases, made.buckets, made.samples, at_positives, made.offsets, losses,
             first, n, held, B, N, made.n_tiles, 1 / N,
             LOSS=LOSSES[made.loss], WANT_LOSS=self.want_loss, C=made.blocks.outputs[0], N=SAMPLES, P=POSITIVES[1], num_warps=4,
@@ -105,7 +105,7 @@ class ByProducts:
         R, B, D = made.shape
         n, width = part.stop - part.start, max(16, 1 << (D - 1).bit_length())
         rows = max(1, WEIGHTS // width)
-        kernels.apply_rule[(-(-n // rows), R)](
+        triton_update_kernels.apply_rule[(-(-n // rows), R)](
             gradient, made.weight, made.weight if self.low is None else self.low, *kept(state, made.bias),
             numbers_of(self.rule.repetitions, made.weight.device),
             part.start, n, B, D, n_slots(state), signed(step_key(self.rule.seed, self.rule.step)), self.rule.first,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mach.heads.fused import triton_kernels as kernels
-from mach.heads.fused.triton_batch import ROWS, STORED, Batch, Ruling, kept, n_slots, numbers_of
+from mach.heads.fused import triton_update_kernels as kernels
+from mach.heads.fused.triton_batch import ROWS, STORED, HeadBatch, Ruling, kept, n_slots, numbers_of
 from mach.heads.rounding import signed, step_key
 from mach.heads.rules import Rule, State
 
@@ -23,7 +23,7 @@ CACHED = 32 << 20  # bytes of a chunk's output gradients: half of the L2 cache o
 class InRegisters:
     """Two or three kernels a chunk of outputs."""
 
-    def __init__(self, made: Batch, rule: Rule, state: State, want_loss: bool):
+    def __init__(self, made: HeadBatch, rule: Rule, state: State, want_loss: bool):
         self.made, self.rule, self.state, self.want_loss = made, rule, state, want_loss
         self.ruling = Ruling.of(rule)
 

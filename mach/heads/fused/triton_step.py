@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mach.config import Loss
-from mach.heads.fused.triton_batch import Batch, Blocks
+from mach.gpu import launching_on
+from mach.heads.fused.triton_batch import Blocks, HeadBatch
 from mach.heads.fused.triton_products import ByProducts
 from mach.heads.fused.triton_registers import InRegisters
 from mach.heads.positives import Positives
@@ -20,8 +20,8 @@ def step(
     narrow: Scaled | None = None, low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Take the step; see `mach.heads.fused.fused_step`."""
-    with torch.cuda.device_of(weight_RBD):  # type: ignore[no-untyped-call]  # torch has none
-        made = Batch(hidden_RND, weight_RBD, bias_RB, positives, loss, blocks, narrow)
+    with launching_on(weight_RBD):
+        made = HeadBatch(hidden_RND, weight_RBD, bias_RB, positives, loss, blocks, narrow)
         if made.n_blocks == 1:
             assert low is None, "it would not be renewed"
             return InRegisters(made, rule, state, want_loss).run(chunk_bytes)
