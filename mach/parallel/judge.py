@@ -1,4 +1,4 @@
-"""Samples that neither stage has learnt from choose between second stages, and train the networks of one."""
+"""Evidence that neither stage has learnt from choose between second stages, and train the networks of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ import numpy.typing as npt
 
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import Nearest, Network, SparseWeights, best_of, fit_network, hear, ndcg, sum_of
+from mach.decoding.rerank import (
+    N_OPINIONS,
+    Evidence,
+    Network,
+    SparseWeights,
+    best_of,
+    fit_network,
+    hear,
+    look_around,
+    ndcg,
+    sum_of,
+)
+from mach.decoding.rerank.neighbours import Found
 from mach.errors import ConfigError
 from mach.metrics import hits
 from mach.parallel.devices import devices_of
@@ -24,8 +36,15 @@ SHARES = (0.0, 0.5, 1.0, 2.0, 4.0)  # of a likeness beside a margin
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.floating]
-Heard = tuple[SparseWeights, npt.NDArray[np.int32]]
 Ints = npt.NDArray[np.int64]
+
+
+class Heard(NamedTuple):
+    """What training samples say, and around N other samples: their neighbours, and labels near to them, (N, n)."""
+
+    evidence: Evidence
+    found: Found
+    near: Ints
 
 
 class Choice(NamedTuple):
@@ -73,32 +92,32 @@ class Judge:
         top = TopK(top.labels, top.scores / np.float32(len(model.repetitions)))
         return cls(name, features, take_rows(split.labels, rows), top, depth)
 
-    def near(self, nearest: Nearest) -> Ints:
-        """Give as many labels near to each sample as decoding gives it, (N, depth), -1 where there are no more.
+    def hear(self, evidence: Evidence) -> Heard:
+        """Give what is found around each sample: as many labels as decoding gives it, (N, depth), -1 where there are no more.
 
         Or (N, 0), if the next labels of decoding have no fewer right ones among them.
         """
         first, more = self.top.labels[:, : self.depth], self.top.labels[:, self.depth :]
-        found = nearest.find(self.features, self.depth, first)
-        return found if self._right(found).sum() > self._right(more).sum() else found[:, :0]
+        found, near = look_around(self.features, first, evidence, self.depth)
+        is_better = self._right(near).sum() > self._right(more).sum()
+        return Heard(evidence, found, near if is_better else near[:, :0])
 
-    def best(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None, near: Ints) -> Choice:
-        """Choose which of the weights orders best, and how margins and likeness to prototypes count beside a mean logit.
+    def best(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None) -> Choice:
+        """Choose which of the weights orders best, and how margins and what training samples say count beside a mean logit.
 
         The first weights in the sum that is asked for are taken unless something else is better by more than its standard error;
         see `tried`.
         """
-        tried = self.tried(fits, weight, heard, near)
+        tried = self.tried(fits, weight, heard)
         return tried[best_of([gained_N for _, gained_N in tried])][0]
 
-    def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None, near: Ints) -> list[tuple[Choice, Floats]]:
+    def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None) -> list[tuple[Choice, Floats]]:
         """Give ways to order labels, and what each sample gains by them, its nDCG@5: sums, and networks.
 
         Networks are judged on samples that they have not seen. They are trained over the margins of the best sum first, and
         over others only where they beat all sums.
 
-        Args: weight, of margins in the first sum; heard, prototypes and number of samples of the labels, None if no other
-              sum is wanted; near, as `near` gives it.
+        Args: weight, of margins in the first sum; heard, as `hear` gives it, None if no other sum is wanted.
         """
         labels, logits = self.top.labels[:, : self.depth], self.top.scores[:, : self.depth]
         n_true_N, right = np.diff(self.truth.indptr), self._right(labels)
@@ -108,16 +127,16 @@ class Judge:
         ]
         if heard is None:
             return found
-        right = np.concatenate([right, self._right(near)], 1)
-        told = [hear(self.features, labels, logits, near, each, *heard) for each in fits]
+        right = np.concatenate([right, self._right(heard.near)], 1)
+        told = [hear(self.features, labels, logits, heard.found, heard.near, each, heard.evidence) for each in fits]
         is_candidate = told[0][1]  # the same whatever the margins
 
         def gained(scores: npt.NDArray[np.float32]) -> Floats:
             return ndcg(np.where(is_candidate, scores, -np.inf), right, n_true_N)
 
         for (i, (opinions, _)), margin, share in itertools.product(enumerate(told), WEIGHTS, SHARES):
-            network = sum_of((1, margin, margin * share, 0, 0, 0, 0))
-            choice = Choice(i, margin, network if share or near.shape[1] else None)
+            network = sum_of((1, margin, margin * share, *[0] * (N_OPINIONS - 3)))
+            choice = Choice(i, margin, network if share or heard.near.shape[1] else None)
             found.append((choice, gained(network.scores(opinions))))
         for i in dict.fromkeys(choice.which for choice, _ in sorted(found, key=lambda each: -float(each[1].mean()))):
             network, unseen = fit_network(told[i][0], is_candidate, right)

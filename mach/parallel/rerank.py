@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -14,11 +15,11 @@ import numpy.typing as npt
 import torch
 
 from mach.data import CSR, Dataset, take_rows
-from mach.decoding.rerank import DEFAULT_WEIGHT, Nearest, Opinions, Reranker, fit_margins, fit_prototypes
+from mach.decoding.rerank import DEFAULT_WEIGHT, Evidence, Neighbours, Network, Opinions, Reranker, fit_margins, fit_prototypes
 from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.model import Sizes
-from mach.parallel.judge import Choice, Judge
+from mach.parallel.judge import Choice, Heard, Judge
 from mach.parallel.offline import predict
 from mach.store import Run
 from mach.store.predictions import read_facts, read_predictions
@@ -48,7 +49,7 @@ def rerank(
     """Fit a re-ranker to the finished repetitions of a run folder, and store it there in place of an earlier one.
 
     The samples that training held out, or the dev split, tell which cost is best, train the networks that weigh what is known of
-    a label, and tell whether labels found by their prototypes are worth a place; nothing else is fitted on them. What was
+    a label, and tell whether labels that neighbours vote for are worth a place; nothing else is fitted on them. What was
     stopped goes on: finished parts of the shortlists are kept.
 
     Args:   settings, some of `rerank`, `rerank_cost` and `rerank_weight`, in place of the run's; device and workers as for
@@ -78,21 +79,20 @@ def rerank(
     costs = (config.rerank_cost,) if isinstance(config.rerank_cost, float) else COSTS if judge else COSTS[:1]
     features, used_N = _sparse(train.features), np.ones(train.n_samples, np.bool_)
     used_N[held] = False
-    heard, near, near_N = None, np.empty((0, 0), np.int64), None
+    heard, near_N = None, None
     with Stop(run.path / f".stop.{os.getpid()}.tmp") as stop:
         if judge and config.rerank_weight == "auto" and len(judge.features) >= FEWEST:
-            prototypes, counts_K = fit_prototypes(features, train.labels, used_N)
-            heard, nearest = (prototypes, counts_K), Nearest.of(prototypes)
-            near = judge.near(nearest)
-            if near.shape[1]:
+            neighbours = Neighbours.of(features, train.labels, used_N)
+            heard = judge.hear(Evidence(*fit_prototypes(features, train.labels, used_N), neighbours))
+            if heard.near.shape[1]:
                 with progress_bar("near labels", shown=progress) as tell:
-                    near_N = _near(run.path / NEAR, nearest, features, used_N, lists, _told(run, stop, tell))
+                    near_N = _near(run.path / NEAR, neighbours, features, used_N, lists, _told(run, stop, tell))
         with progress_bar("re-ranker", shown=progress) as tell:
             told = _told(run, stop, tell)
             fits = fit_margins(features, train.labels, lambda: _shortlists(lists, used_N, near_N), costs=costs, progress=told)
     with progress_bar("networks", shown=progress and heard is not None):
-        choice = judge.best(fits, weight, heard, near) if judge else Choice(0, weight, None)
-    opinions = None if choice.network is None or heard is None else Opinions(*heard, choice.network, near.shape[1])
+        choice = judge.best(fits, weight, heard) if judge else Choice(0, weight, None)
+    opinions = None if choice.network is None or heard is None else _opinions(choice.network, heard)
     best = Reranker(fits[choice.which], depth, choice.weight, opinions)
     record = {
         "cost": costs[choice.which],
@@ -130,23 +130,32 @@ def _shortlists(file: Path, used_N: npt.NDArray[np.bool_], near_N: npt.NDArray[n
 
 
 def _near(
-    path: Path, nearest: Nearest, features: CSR, used_N: npt.NDArray[np.bool_], file: Path, told: Callable[[int, int], None]
+    path: Path, neighbours: Neighbours, features: CSR, used_N: npt.NDArray[np.bool_], file: Path, told: Callable[[int, int], None]
 ) -> npt.NDArray[np.int32]:
     """Write what is near to each used sample and not on its shortlist, as many labels as there; map it, (N, listed).
 
     Raises: ModelError if the disk refuses.
     """
+    kept_N = np.cumsum(used_N) - 1  # which of the neighbours a used sample is itself
     try:
         with path.open("wb") as out:
             for rows, top in read_predictions(file):
                 found = np.full(top.labels.shape, -1, np.int64)
                 some = used_N[rows]
-                found[some] = nearest.find(take_rows(features, rows[some]), top.labels.shape[1], top.labels[some])
+                around = neighbours.find(take_rows(features, rows[some]), kept_N[rows[some]])
+                found[some] = neighbours.near(around, top.labels.shape[1], top.labels[some])
                 out.write(found.astype(np.int32).data)
                 told(int(rows[-1]) + 1, len(features))
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error}); the repetitions are safe") from error
     return np.memmap(path, np.int32, "r").reshape(len(features), -1)
+
+
+def _opinions(network: Network, heard: Heard) -> Opinions:
+    """Keep training samples only where they are heard."""
+    evidence, n_near = heard.evidence, heard.near.shape[1]
+    hears = n_near or network.first.size
+    return Opinions(evidence if hears else dataclasses.replace(evidence, neighbours=None), network, n_near)
 
 
 def _told(run: Run, stop: Stop, tell: Callable[[int, int], None]) -> Callable[[int, int], None]:

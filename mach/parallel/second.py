@@ -30,6 +30,7 @@ LISTED_BYTES = 36  # a label of a shortlist that is made: id and score, found, j
 ON_DISK_BYTES = 8  # the same in a file
 NEAR_BYTES = 4  # of a label in the file of what is near
 WEIGHT_BYTES = 6  # a feature and a bfloat16
+ENTRY_BYTES, START_BYTES = 4, 8  # a label of a sample that votes, and where its features or labels begin
 LABEL_BYTES = 12  # in the model, where its weights begin, and a bias
 DISTINCT = 4.0  # of the features of a label's samples, so many times the root get a weight: see `n_weights`
 
@@ -67,11 +68,12 @@ def second_stage(config: Config, sizes: Sizes, samples: Samples) -> Second | Non
         return None
     listed, n_sets = n_listed(sizes, depth), 2 if config.rerank_weight == "auto" else 1
     weights = n_weights(sizes, samples)
-    size = n_sets * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
+    kept = round(samples.n * samples.features) if n_sets > 1 else 0  # of samples, if they vote
+    size = n_sets * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels) + (_kept_bytes(sizes, samples) if kept else 0)
     lists = ON_DISK_BYTES * listed * samples.n
     near = NEAR_BYTES * listed * samples.n if n_sets > 1 else 0
     return Second(
-        parameters=n_sets * (weights + sizes.n_labels),
+        parameters=n_sets * (weights + sizes.n_labels) + kept,
         bytes=size,
         lists_bytes=lists,
         disk_bytes=lists + max(lists, near + size),
@@ -90,13 +92,20 @@ def n_weights(sizes: Sizes, samples: Samples) -> int:
     return round(sizes.n_labels * min(sizes.n_features, of_a_label, DISTINCT * math.sqrt(of_a_label)))
 
 
+def _kept_bytes(sizes: Sizes, samples: Samples) -> int:
+    """Count what is stored of training samples that vote: their features and labels, and where each one's begin."""
+    return round(samples.n * (WEIGHT_BYTES * samples.features + ENTRY_BYTES * sizes.labels_a_sample)) + 2 * START_BYTES * (
+        samples.n + 1
+    )
+
+
 def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, weights: int) -> int:
     """Estimate the most memory that it takes: of what makes the shortlists, or of what fits the weights.
 
     The allocator still holds what came and went with a step of training. Shortlists take the mapped weights of all repetitions,
     bucket scores twice, those of one repetition beside them, and the lists of some thousand samples. The fit takes pairs, a
-    number or two a feature and thread, and the weights of each fit, and of prototypes by label and by feature. Both map the
-    features.
+    number or two a feature and thread, and the weights of each fit, of prototypes, and of samples by row and by feature. Both map
+    the features.
     """
     R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
     products = resolve_precision(config.precision, CPU)
@@ -110,7 +119,9 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
     scores = min(some, CHUNK_BYTES["cpu"]) if is_full else some
     lists = held + 2 * scores + scores // R + N_THREADS * THREAD_BYTES + LISTED_BYTES * rows * listed
     pairs = min(PAIRS, round(samples.n * (listed + sizes.labels_a_sample)))
-    n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + (2 if config.rerank_weight == "auto" else 0)
+    n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + (1 if config.rerank_weight == "auto" else 0)
     fit = 4 * (pairs + samples.n + 2 * N_THREADS * F) + n_fits * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
+    if config.rerank_weight == "auto":  # samples that vote by row and by feature, and a sum and a number each a thread
+        fit += _kept_bytes(sizes, samples) + round(WEIGHT_BYTES * samples.n * samples.features) + 8 * N_THREADS * samples.n
     mapped = round(8 * samples.n * samples.features)
     return PROCESS_BYTES + LATER_BYTES + step_bytes(config, sizes, R, device=CPU) + mapped + max(lists, fit)

@@ -2,7 +2,9 @@
 
 Tensors: indptr int64 (K + 1,), features int32 (nnz,), values bfloat16 (nnz,), bias float32 (K,). With networks also the same of
 the prototypes, as `prototypes.indptr` and so on; counts int32 (K,); `network.first` and the other arrays of a `Network`, float32.
-The record says depth, weight, labels found by prototypes and number of features, how it was fitted, size and checksum.
+Where these hear training samples, they are kept: `samples.indptr`, `samples.features` and `samples.values`, and
+`samples.labels.indptr` int64 (S + 1,) and `samples.labels.indices` int32.
+The record says depth, weight, labels found by neighbours and number of features, how it was fitted, size and checksum.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from mach.decoding.rerank import Network, Opinions, Reranker, SparseWeights
+from mach.data import CSR
+from mach.decoding.rerank import N_OPINIONS, Evidence, Neighbours, Network, Opinions, Reranker, SparseWeights
+from mach.decoding.rerank.neighbours import rows_of
 from mach.decoding.rerank.network import NAMES
 from mach.errors import ModelError
 from mach.files import atomic, checksum, read_json, write_json
@@ -35,7 +39,7 @@ def save_reranker(folder: Path, key: str, reranker: Reranker, facts: Mapping[str
     weights, record = folder / WEIGHTS, folder / RECORD
     tensors = _tensors("", reranker.weights)
     if (more := reranker.opinions) is not None:
-        tensors |= _tensors("prototypes.", more.prototypes) | {"counts": torch.from_numpy(more.counts)}
+        tensors |= _evidence_tensors(more.evidence)
         tensors |= {f"network.{name}": torch.from_numpy(getattr(more.network, name)) for name in NAMES}
     try:
         record.unlink(missing_ok=True)
@@ -105,7 +109,10 @@ def _load(folder: Path, key: str, record: Mapping[str, Any]) -> Reranker:
     opinions = None
     if "counts" in found:
         network = Network(*(found[f"network.{name}"] for name in NAMES))
-        opinions = Opinions(_weights("prototypes.", found, record), found["counts"], network, record["near"])
+        if network.skip.shape[1] != N_OPINIONS:
+            raise ModelError(f"{path}: hears {network.skip.shape[1]} numbers of a label, this version {N_OPINIONS}; {AGAIN}")
+        evidence = Evidence(_weights("prototypes.", found, record), found["counts"], _neighbours(found, record))
+        opinions = Opinions(evidence, network, record["near"])
     return Reranker(_weights("", found, record), record["depth"], record["weight"], opinions)
 
 
@@ -119,10 +126,30 @@ def _tensors(prefix: str, weights: SparseWeights) -> dict[str, torch.Tensor]:
     }
 
 
+def _evidence_tensors(evidence: Evidence) -> dict[str, torch.Tensor]:
+    """Give what is kept of training samples by name, as it is stored."""
+    tensors = _tensors("prototypes.", evidence.prototypes) | {"counts": torch.from_numpy(evidence.counts)}
+    if (kept := evidence.neighbours) is not None:
+        tensors |= _tensors("samples.", kept.samples)
+        del tensors["samples.bias"]  # of zeros
+        tensors |= {f"samples.labels.{name}": torch.from_numpy(getattr(kept.labels, name)) for name in ("indptr", "indices")}
+    return tensors
+
+
 def _weights(prefix: str, found: Mapping[str, Any], record: Mapping[str, Any]) -> SparseWeights:
     """Give the sparse weights that `_tensors` stored."""
     indptr, features, values, bias = (found[prefix + name] for name in ("indptr", "features", "values", "bias"))
     return SparseWeights(indptr, features, values, bias, record["n_features"])
+
+
+def _neighbours(found: Mapping[str, Any], record: Mapping[str, Any]) -> Neighbours | None:
+    """Give the training samples that are kept; None if there are none."""
+    if "samples.indptr" not in found:
+        return None
+    starts, features, values = (found[f"samples.{name}"] for name in ("indptr", "features", "values"))
+    rows = rows_of(starts, features, values, record["n_features"])
+    labels = CSR(found["samples.labels.indptr"], found["samples.labels.indices"], None, len(found["counts"]))
+    return Neighbours(rows, labels)
 
 
 def verify_reranker(folder: Path, key: str) -> list[str]:

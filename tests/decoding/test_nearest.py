@@ -1,4 +1,4 @@
-"""Labels found by their weights: against a slow search over all of them."""
+"""Rows found by their products: against a slow search over all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mach.data import CSR
-from mach.decoding.only import Only, allowed_of, joined
 from mach.decoding.rerank import Nearest, SparseWeights, nearest
 from mach.kernels import bits_of
 
@@ -23,32 +22,25 @@ def weights_of(W: np.ndarray) -> SparseWeights:
     return SparseWeights(indptr, features, bits, np.zeros(len(W), np.float32), W.shape[1])
 
 
-def slowly(W: np.ndarray, x: np.ndarray, n: int, besides: set[int]) -> list[int]:
-    """Give the n labels of the largest products above zero, ties by the smaller id, -1 where there are no more."""
+def slowly(W: np.ndarray, x: np.ndarray, n: int, besides: int = -1) -> list[int]:
+    """Give the n rows of the largest products above zero, ties by the smaller number, -1 where there are no more."""
     products = W.astype(np.float64) @ x
-    found = [
-        label for label in np.lexsort((np.arange(len(W)), -products)).tolist() if products[label] > 0 and label not in besides
-    ]
+    found = [row for row in np.lexsort((np.arange(len(W)), -products)).tolist() if products[row] > 0 and row != besides]
     return (found + [-1] * n)[:n]
 
 
 @pytest.mark.parametrize("all_from", [0.0, 2.0, 1e9])  # never, as sums are few, always
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
-def test_it_finds_what_a_search_over_all_labels_finds(all_from, monkeypatch, seed, n, is_limited):
+def test_it_finds_what_a_search_over_all_rows_finds(all_from, monkeypatch, seed, n, is_one):
     monkeypatch.setattr(nearest, "ALL_FROM", all_from)
     rng = np.random.default_rng(seed)  # small whole numbers: sums are exact, many are equal, some come back to zero
     W = rng.integers(-2, 3, (K, F)) * (rng.random((K, F)) < 0.4)
     X = rng.integers(-1, 3, (N, F)) * (rng.random((N, F)) < 0.5)
-    besides = np.stack([rng.permutation(K)[:3] for _ in range(N)])
-    excluded = [np.sort(rng.permutation(K)[: rng.integers(0, 4)]) for _ in range(N)]
-    subset = np.flatnonzero(rng.random(K) < 0.5)
-    only = Only(*joined(excluded), allowed_of(subset, K)) if is_limited else None
-    found = Nearest.of(weights_of(W)).find(CSR.from_scipy(sp.csr_array(X.astype(np.float32))), n, besides, only)
+    besides = rng.integers(-1, K, N) if is_one else None
+    found = Nearest.of(weights_of(W)).find(CSR.from_scipy(sp.csr_array(X.astype(np.float32))), n, besides)
     for i in range(N):
-        gone = set(besides[i].tolist())
-        gone |= set(excluded[i].tolist()) | (set(range(K)) - set(subset.tolist())) if is_limited else set()
-        assert found[i].tolist() == slowly(W, X[i], n, gone)
+        assert found[i].tolist() == slowly(W, X[i], n, -1 if besides is None else besides[i])
 
 
 @pytest.mark.parametrize(("entries", "opened"), [(100, 3), (8, 2), (7, 1), (3, 1), (0, 1)])
@@ -56,24 +48,24 @@ def test_the_shortest_lists_are_opened_up_to_a_number_of_entries(monkeypatch, en
     monkeypatch.setattr(nearest, "ENTRIES", entries)
     W = np.zeros((12, 3))
     W[0, 1] = 1
-    W[1:3, 1] = 0.5  # three labels
+    W[1:3, 1] = 0.5  # three rows
     W[2:7, 2] = 0.25  # five
     W[3:, 0] = 2  # nine
     x = np.array([[1, 1, 1]], np.float32)
     lists = [[1], [1, 2], [0, 1, 2]][opened - 1]
-    found = Nearest.of(weights_of(W)).find(CSR.from_scipy(sp.csr_array(x)), 4, np.empty((1, 0), np.int64))
-    assert found[0].tolist() == slowly(W[:, lists], np.ones(len(lists)), 4, set())
+    found = Nearest.of(weights_of(W)).find(CSR.from_scipy(sp.csr_array(x)), 4)
+    assert found[0].tolist() == slowly(W[:, lists], np.ones(len(lists)), 4)
 
 
 def test_many_samples_in_threads_find_the_same_as_one_by_one(monkeypatch):
     rng = np.random.default_rng(1)
     W, X = rng.random((K, F)) * (rng.random((K, F)) < 0.3), rng.random((600, F)).astype(np.float32)
     nearest_of, features = Nearest.of(weights_of(W)), CSR.from_scipy(sp.csr_array(X))
-    besides = np.stack([rng.permutation(K)[:2] for _ in range(600)])
+    besides = rng.integers(0, K, 600)
     monkeypatch.setattr(nearest, "N_THREADS", 3)
     found = nearest_of.find(features, 5, besides)
     for i in range(0, 600, 37):
         one = CSR.from_scipy(sp.csr_array(X[i : i + 1]))
         assert np.array_equal(nearest_of.find(one, 5, besides[i : i + 1])[0], found[i])
     empty = CSR(np.zeros(2, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), F)
-    assert nearest_of.find(empty, 2, besides[:1]).tolist() == [[-1, -1]]
+    assert nearest_of.find(empty, 2).tolist() == [[-1, -1]]

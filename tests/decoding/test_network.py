@@ -14,22 +14,25 @@ from mach.data import CSR
 from mach.decoding import TopK
 from mach.decoding.only import Only, allowed_of, no_lists
 from mach.decoding.rerank import (
-    Nearest,
+    N_OPINIONS,
+    Evidence,
+    Neighbours,
     Network,
     Opinions,
     Reranker,
     SparseWeights,
     fit_network,
     hear,
+    look_around,
     network,
     sum_of,
 )
 from mach.kernels import bits_of
 
-F, K = 12, 25
+F, K, S = 12, 25, 40
 
 
-def some_network(rng: np.random.Generator, M: int = 3, D: int = 7, H: int = 5) -> Network:
+def some_network(rng: np.random.Generator, M: int = 3, D: int = N_OPINIONS, H: int = 5) -> Network:
     shapes = (M, D, H), (M, H), (M, H, H), (M, H), (M, H), (M, D), (M,)
     return Network(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
 
@@ -46,7 +49,7 @@ def slow_scores(net: Network, x: np.ndarray) -> np.ndarray:
 
 def test_scores_are_those_of_the_definition_and_the_same_bits_for_one_candidate_and_for_many(monkeypatch):
     rng = np.random.default_rng(0)
-    net, x = some_network(rng), rng.normal(size=(40, 6, 7)).astype(np.float32)
+    net, x = some_network(rng), rng.normal(size=(40, 6, N_OPINIONS)).astype(np.float32)
     whole = net.scores(x)
     assert np.allclose(whole, slow_scores(net, x.astype(np.float64)), atol=1e-4)
     assert net.scores(x[:0]).shape == (0, 6)
@@ -109,16 +112,18 @@ def test_an_opinion_that_was_always_the_same_does_not_count():
 
 
 def made(rng: np.random.Generator, n_near: int, depth: int) -> Reranker:
-    """Make a second stage of weights and prototypes whose products have no ties."""
+    """Make a second stage of weights, prototypes and samples whose products have no ties."""
 
-    def sparse() -> SparseWeights:
-        W = sp.random(K, F, 0.4, random_state=int(rng.integers(1 << 30)), format="csr", dtype=np.float32)
+    def sparse(n: int = K) -> SparseWeights:
+        W = sp.random(n, F, 0.4, random_state=int(rng.integers(1 << 30)), format="csr", dtype=np.float32)
         bits = np.array([bits_of(np.float32(x)) for x in W.data], np.uint16)
-        return SparseWeights(W.indptr.astype(np.int64), W.indices.astype(np.int32), bits, np.zeros(K, np.float32), F)
+        return SparseWeights(W.indptr.astype(np.int64), W.indices.astype(np.int32), bits, np.zeros(n, np.float32), F)
 
     weights = dataclasses.replace(sparse(), bias=rng.normal(size=K).astype(np.float32))
     counts = rng.integers(0, 50, K).astype(np.int32)
-    return Reranker(weights, depth, 1.5, Opinions(sparse(), counts, some_network(rng), n_near))
+    labels = sp.csr_array((rng.random((S, K)) < 0.1).astype(np.float32))
+    neighbours = Neighbours(sparse(S), CSR.from_scipy(labels, with_values=False))
+    return Reranker(weights, depth, 1.5, Opinions(Evidence(sparse(), counts, neighbours), some_network(rng), n_near))
 
 
 @settings(deadline=None, max_examples=200)
@@ -136,8 +141,8 @@ def test_the_order_is_that_of_the_log_odds_over_what_is_decoded_and_what_is_near
     scores = -np.sort(-rng.normal(size=(5, n)), axis=1).astype(np.float32)
     top = found.rerank(features, TopK(labels, scores), k, 2, only)
     more, d = found.opinions, min(depth, n)
-    near = Nearest.of(more.prototypes).find(features, n_near, labels[:, :d], only)
-    heard, is_candidate = hear(features, labels[:, :d], scores[:, :d] / 2, near, found.weights, more.prototypes, more.counts)
+    around, near = look_around(features, labels[:, :d], more.evidence, n_near, only)
+    heard, is_candidate = hear(features, labels[:, :d], scores[:, :d] / 2, around, near, found.weights, more.evidence)
     log_odds = 2 * more.network.scores(heard)
     for i in range(5):
         candidates = [*labels[i, :d].tolist(), *near[i].tolist()]
@@ -154,35 +159,60 @@ def test_the_order_is_that_of_the_log_odds_over_what_is_decoded_and_what_is_near
 def test_what_is_heard_of_a_candidate():
     rng = np.random.default_rng(3)
     found = made(rng, 2, 3)
-    more = found.opinions
+    evidence = found.opinions.evidence
     features = CSR.from_scipy(sp.random(2, F, 0.6, random_state=5, format="csr", dtype=np.float32))
     labels, logits = np.array([[3, 8, 1], [20, 0, 5]]), np.array([[2, 1, -1], [0.5, 0.25, 0]], np.float32)
-    near = np.array([[9, -1], [2, 7]])
-    heard, is_candidate = hear(features, labels, logits, near, found.weights, more.prototypes, more.counts)
+    near, around = np.array([[9, -1], [2, 7]]), evidence.neighbours.find(features)
+    heard, is_candidate = hear(features, labels, logits, around, near, found.weights, evidence)
     every = np.concatenate([labels, near], 1)
     assert is_candidate.tolist() == (every >= 0).tolist() and not heard[0, 4].any()
     assert heard[:, 3:, 0].tolist() == [[-1, 0], [0, 0]]  # at most the last that was decoded
-    margins, likeness = (
-        found.weights.margins(features, np.maximum(every, 0)),
-        more.prototypes.margins(features, np.maximum(every, 0)),
-    )
+    known = np.maximum(every, 0)
+    told = [weights.margins(features, known) for weights in (found.weights, evidence.prototypes)]
+    told += list(np.moveaxis(evidence.neighbours.votes(around, every), 2, 0))
+    assert all(each.any() for each in told)
     for i, j in zip(*np.nonzero(every >= 0), strict=True):
-        own = [heard[i, j, 0], margins[i, j], likeness[i, j]]
-        best = [logits[i, 0], margins[i][every[i] >= 0].max(), likeness[i][every[i] >= 0].max()]
-        assert heard[i, j].tolist() == pytest.approx(
-            [*own, *np.subtract(own, best), np.log1p(more.counts[every[i, j]])], abs=1e-6
-        )
+        own = [heard[i, j, 0], *(each[i, j] for each in told)]
+        best = [logits[i, 0], *(each[i][every[i] >= 0].max() for each in told)]
+        expected = [*own, *np.subtract(own, best), np.log1p(evidence.counts[every[i, j]])]
+        assert heard[i, j].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_neighbours_nothing_is_near_and_nothing_is_said():
+    rng = np.random.default_rng(4)
+    found = made(rng, 2, 3)
+    evidence = dataclasses.replace(found.opinions.evidence, neighbours=None)
+    features = CSR.from_scipy(sp.random(2, F, 0.6, random_state=5, format="csr", dtype=np.float32))
+    labels, logits = np.array([[3, 8, 1], [20, 0, 5]]), np.array([[2, 1, -1], [0.5, 0.25, 0]], np.float32)
+    around, near = look_around(features, labels, evidence, 2)
+    assert near.shape == (2, 0)
+    heard, _ = hear(features, labels, logits, around, near, found.weights, evidence)
+    full = found.opinions.evidence
+    more, _ = hear(features, labels, logits, full.neighbours.find(features), near, found.weights, full)
+    silent = [3, 4, 8, 9]
+    assert not heard[:, :, silent].any() and more[:, :, silent].any()
+    others = np.setdiff1d(np.arange(N_OPINIONS), silent)
+    assert np.array_equal(heard[:, :, others], more[:, :, others])
 
 
 def test_its_key_tells_what_weighs_and_what_is_found():
     found = made(np.random.default_rng(0), 2, 3)
     more = found.opinions
+    evidence, kept = more.evidence, more.evidence.neighbours
+    fewer = CSR(kept.labels.indptr, (kept.labels.indices + 1) % K, None, K)
+
+    def with_evidence(**how) -> Reranker:
+        return dataclasses.replace(found, opinions=dataclasses.replace(more, evidence=dataclasses.replace(evidence, **how)))
+
     others = [
         dataclasses.replace(found, opinions=None),
         dataclasses.replace(found, opinions=dataclasses.replace(more, n_near=3)),
-        dataclasses.replace(found, opinions=dataclasses.replace(more, counts=more.counts + 1)),
         dataclasses.replace(found, opinions=dataclasses.replace(more, network=some_network(np.random.default_rng(9)))),
-        dataclasses.replace(found, opinions=dataclasses.replace(more, prototypes=found.weights)),
+        with_evidence(counts=evidence.counts + 1),
+        with_evidence(prototypes=found.weights),
+        with_evidence(neighbours=None),
+        with_evidence(neighbours=dataclasses.replace(kept, samples=found.weights)),
+        with_evidence(neighbours=dataclasses.replace(kept, labels=fewer)),
     ]
     keys = [each.key for each in (found, *others)]
     assert len(set(keys)) == len(keys) and dataclasses.replace(found).key == keys[0]

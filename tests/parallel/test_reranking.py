@@ -12,14 +12,24 @@ import scipy.sparse as sp
 from mach import Config, load, train
 from mach.data import CSR
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Nearest, Opinions, Reranker, SparseWeights, fit_prototypes
+from mach.decoding.rerank import (
+    DEFAULT_WEIGHT,
+    N_OPINIONS,
+    Evidence,
+    Neighbours,
+    Opinions,
+    Reranker,
+    SparseWeights,
+    fit_prototypes,
+    look_around,
+)
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.inspect.ask import ask
 from mach.kernels import bits_of
 from mach.parallel import judge as judge_module
 from mach.parallel import offline, predict
 from mach.parallel import rerank as rerank_module
-from mach.parallel.judge import Judge
+from mach.parallel.judge import Heard, Judge
 from mach.parallel.rerank import rerank
 from mach.store import Run
 from mach.store.calibration import scores_key
@@ -134,17 +144,17 @@ def test_the_best_of_sums_and_networks_is_taken_where_samples_can_tell(tiny, tmp
     found = train(CONFIG, tiny, tmp_path / "run").reranker
     assert len(fits) == 2  # a cost each
     dev, model, split = tiny.split("dev"), load(tmp_path / "run", rerank=False), tiny.split("train")
-    heard = fit_prototypes(split.features, split.labels, np.ones(split.n_samples, bool))
+    every = split.features, split.labels, np.ones(split.n_samples, bool)
     top = model.predict_topk(dev.features, 12)
     judge = Judge("dev", dev.features, dev.labels, TopK(top.labels, top.scores / np.float32(3)), 6)
-    near = judge.near(Nearest.of(heard[0]))
-    choice = judge.best(fits, DEFAULT_WEIGHT, heard, near)
-    opinions = None if choice.network is None else Opinions(*heard, choice.network, near.shape[1])
+    heard = judge.hear(Evidence(*fit_prototypes(*every), Neighbours.of(*every)))
+    choice = judge.best(fits, DEFAULT_WEIGHT, heard)
+    opinions = None if choice.network is None else Opinions(heard.evidence, choice.network, heard.near.shape[1])
     assert found.key == Reranker(fits[choice.which], 6, choice.weight, opinions).key
     assert record_of(tmp_path / "run")["cost"] == (0.2, 1.0)[choice.which]
 
 
-def planted_judge(right_of, n: int = 400) -> tuple[Judge, list[SparseWeights], tuple]:
+def planted_judge(right_of, n: int = 400) -> tuple[Judge, list[SparseWeights], Heard]:
     """Make samples of one feature each, whose ten labels have random logits, and are right where `right_of` says so."""
     rng = np.random.default_rng(0)
     F, K, depth = 40, 60, 10
@@ -158,7 +168,8 @@ def planted_judge(right_of, n: int = 400) -> tuple[Judge, list[SparseWeights], t
     truth = sp.csr_array((np.ones(right.sum(), np.float32), (np.nonzero(right)[0], labels[right])), shape=(n, K))
     judge = Judge("dev", features, CSR.from_scipy(truth, with_values=False), TopK(labels, logits), depth)
     margins, prototypes = (plain(each) for each in (W, P))
-    return judge, [plain(rng.normal(size=(K, F))), margins], (prototypes, np.ones(K, np.int32))
+    evidence = Evidence(prototypes, np.ones(K, np.int32), None)
+    return judge, [plain(rng.normal(size=(K, F))), margins], judge.hear(evidence)
 
 
 def plain(W: np.ndarray) -> SparseWeights:
@@ -170,36 +181,59 @@ def plain(W: np.ndarray) -> SparseWeights:
 
 
 def test_what_is_chosen_is_what_tells_right_labels():
-    nothing = np.empty((400, 0), np.int64)
     judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4)
-    choice = judge.best(fits, 1.5, heard, nothing)
+    assert heard.near.shape == (400, 0)
+    choice = judge.best(fits, 1.5, heard)
     assert choice.which == 1 and choice.network is None and choice.order in ("logit + 1.5 margin", "logit + 3 margin")
-    assert judge.best(fits, 0.75, None, nothing) == (1, 0.75, None)  # no others than the given weight
+    assert judge.best(fits, 0.75, None) == (1, 0.75, None)  # no others than the given weight
     judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * (m + 2 * p) > 12)
-    choice = judge.best(fits, 1.5, heard, nothing)
-    assert (
-        choice.which == 1
-        and choice.network.skip.tolist() == [[1, 3, 6, 0, 0, 0, 0]]
-        and choice.order == "logit + 3 margin + 6 likeness"
-    )
+    choice = judge.best(fits, 1.5, heard)
+    assert choice.which == 1 and choice.network.skip.tolist() == [[1, 3, 6, *[0] * (N_OPINIONS - 3)]]
+    assert choice.order == "logit + 3 margin + 6 likeness"
     judge, fits, heard = planted_judge(lambda logits, m, p: (m > 0.5) & (p < 1))  # too alike is wrong, which no sum can say
-    choice = judge.best(fits, 1.5, heard, nothing)
-    assert choice.which == 1 and choice.network.first.shape == (8, 7, 32) and choice.order == "networks"
+    choice = judge.best(fits, 1.5, heard)
+    assert choice.which == 1 and choice.network.first.shape == (8, N_OPINIONS, 32) and choice.order == "networks"
+
+
+def test_what_neighbours_say_is_heard():
+    rng, judge = np.random.default_rng(5), planted_judge(lambda logits, m, p: m > 9)[0]
+    labels = judge.top.labels
+    own = [*judge.features.indices, *rng.integers(0, 40, 400)]  # a training sample with the feature of each, and as many more
+    features = CSR.from_scipy(sp.csr_array((np.ones(800, np.float32), (np.arange(800), own)), shape=(800, 40)))
+    train_labels = rng.integers(0, 60, 800)
+    of_feature = {f: {int(k) for k, g in zip(train_labels, own, strict=True) if f == g} for f in range(40)}
+    right = np.array([[int(k) in of_feature[f] for k in row] for f, row in zip(judge.features.indices, labels, strict=True)])
+    right[:, judge.depth :] = False
+    truth = sp.csr_array((np.ones(right.sum(), np.float32), (np.nonzero(right)[0], labels[right])), shape=(400, 60))
+    judge = dataclasses.replace(judge, truth=CSR.from_scipy(truth, with_values=False))
+    of_train = CSR.from_scipy(sp.csr_array((np.ones(800), (np.arange(800), train_labels)), shape=(800, 60)), with_values=False)
+    nothing = plain(np.zeros((60, 40)))
+    neighbours = Neighbours.of(features, of_train, np.ones(800, bool))
+    heard, deaf = (judge.hear(Evidence(nothing, np.ones(60, np.int32), each)) for each in (neighbours, None))
+    assert judge.best([nothing], 1.5, heard).order == "networks"
+    gained, deaf_gained = (max(each.mean() for _, each in judge.tried([nothing], 1.5, how)) for how in (heard, deaf))
+    assert gained > 1.5 * deaf_gained  # nothing else tells right labels
 
 
 def test_near_labels_are_candidates_if_they_hold_more_right_ones_than_the_next_of_decoding():
-    judge, _, (prototypes, _) = planted_judge(lambda logits, m, p: m > 0)
-    assert judge.near(Nearest.of(prototypes)).shape == (400, 0)  # all that is right is decoded
-    found = Nearest.of(prototypes).find(judge.features, 10, judge.top.labels[:, :10])
+    judge = planted_judge(lambda logits, m, p: m > 0)[0]
+    rng = np.random.default_rng(6)
+    every = CSR.from_scipy(sp.csr_array(rng.random((300, 40)) < 0.3).astype(np.float32))
+    labels = CSR.from_scipy(sp.csr_array(rng.random((300, 60)) < 0.1), with_values=False)
+    evidence = Evidence(plain(np.zeros((60, 40))), np.ones(60, np.int32), Neighbours.of(every, labels, np.ones(300, bool)))
+    assert judge.hear(evidence).near.shape == (400, 0)  # all that is right is decoded
+    around = evidence.neighbours.find(judge.features)
+    found = evidence.neighbours.near(around, 10, judge.top.labels[:, :10])
     truth = sp.csr_array((np.ones(400, np.float32), (np.arange(400), found[:, 3])), shape=(400, 60))
     lucky = dataclasses.replace(judge, truth=CSR.from_scipy(truth, with_values=False))
-    assert np.array_equal(lucky.near(Nearest.of(prototypes)), found)
+    assert np.array_equal(lucky.hear(evidence).near, found)
 
 
 def test_near_labels_are_fitted_against_and_found(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        Judge, "near", lambda self, nearest: nearest.find(self.features, self.depth, self.top.labels[:, : self.depth])
-    )
+    def hear(self, evidence: Evidence) -> Heard:  # whatever they hold
+        return Heard(evidence, *look_around(self.features, self.top.labels[:, : self.depth], evidence, self.depth))
+
+    monkeypatch.setattr(Judge, "hear", hear)
     listed, real = [], rerank_module.fit_margins
 
     def fit(features, labels, shortlists, **how):
@@ -312,6 +346,6 @@ def test_networks_are_trained_over_other_margins_only_where_they_beat_all_sums(m
     for right_of, n in ((lambda logits, m, p: logits + 3 * m > 4, 1), (lambda logits, m, p: (m > 0.5) & (p < 1), 2)):
         trained.clear()
         judge, fits, heard = planted_judge(right_of)
-        tried = judge.tried(fits, 1.5, heard, np.empty((400, 0), np.int64))
+        tried = judge.tried(fits, 1.5, heard)
         assert len(trained) == n and len(tried) == 2 + 2 * 7 * 5 + n
         assert tried[2 + 2 * 7 * 5][0].which == 1  # where the best sum is

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mach.decoding.rerank import Opinions, Reranker, SparseWeights, fit_network, sum_of
+from mach.data import CSR
+from mach.decoding.rerank import N_OPINIONS, Evidence, Neighbours, Opinions, Reranker, SparseWeights, fit_network, sum_of
 from mach.errors import ModelError
 from mach.store import reranker as store
 from mach.store.reranker import load_reranker, reranker_record, save_reranker
@@ -20,18 +21,30 @@ def one(weight: float, n: int) -> Reranker:
 
 def test_all_parts_come_back(tmp_path):
     rng = np.random.default_rng(0)
-    network, _ = fit_network(rng.normal(size=(20, 3, 7)).astype(np.float32), np.ones((20, 3), bool), rng.random((20, 3)) < 0.3)
-    plain, counts = one(1.5, 3), np.array([4, 0], np.int32)
+    network, _ = fit_network(
+        rng.normal(size=(20, 3, N_OPINIONS)).astype(np.float32), np.ones((20, 3), bool), rng.random((20, 3)) < 0.3
+    )
+    plain, counts, a_sum = one(1.5, 3), np.array([4, 0], np.int32), sum_of((1, 2, 3, *[0] * (N_OPINIONS - 3)))
+    labels = CSR(np.array([0, 2, 3]), np.array([0, 1, 1], np.int32), None, 2)
+    neighbours = Neighbours(one(1.0, 7).weights, labels)
     for saved in (
         plain,
-        dataclasses.replace(plain, opinions=Opinions(one(1.0, 5).weights, counts, network, 9)),
-        dataclasses.replace(plain, opinions=Opinions(one(1.0, 0).weights, counts, sum_of((1, 2, 3, 0, 0, 0, 0)), 0)),
+        dataclasses.replace(plain, opinions=Opinions(Evidence(one(1.0, 5).weights, counts, neighbours), network, 9)),
+        dataclasses.replace(plain, opinions=Opinions(Evidence(one(1.0, 0).weights, counts, None), a_sum, 0)),
     ):
         save_reranker(tmp_path, "key", saved, {})
         found, record = load_reranker(tmp_path, "key"), reranker_record(tmp_path)
         assert found.key == saved.key and (found.depth, found.weight) == (5, 1.5)
         assert record["near"] == (saved.opinions.n_near if saved.opinions else 0)
         assert record["parameters"] == found.n_parameters == saved.n_parameters
+
+
+def test_networks_of_another_version_are_refused(tmp_path):
+    counts = np.array([4, 0], np.int32)
+    old = dataclasses.replace(one(1.5, 3), opinions=Opinions(Evidence(one(1.0, 5).weights, counts, None), sum_of((1, 2, 3)), 0))
+    save_reranker(tmp_path, "key", old, {})
+    with pytest.raises(ModelError, match=r"hears 3 numbers of a label, this version 11; fit it again with `mach rerank`"):
+        load_reranker(tmp_path, "key")
 
 
 @pytest.mark.parametrize("n", [3, 40])  # of the same size as the first, and of another

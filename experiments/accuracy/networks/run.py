@@ -5,12 +5,14 @@
 DATA are folders of XC-repository text. Of their dev.txt, or of a tenth of train.txt that is held out, one half chooses and
 trains, the other is measured on, and the other way round. Test splits are not read. Prints a Markdown table: recall of the
 candidates, P@1 / P@3 / P@5 of the usual sum (cost 0.2, weight 1.5), and what is gained over it by the best sum and by networks,
-over what is decoded and with near labels among the candidates; then by networks of fewer samples.
+over what is decoded: without the votes of the nearest training samples, and with them; then with the labels these vote for
+among the candidates; then by networks of fewer samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ import mach
 from mach.compare.rows import this_machine
 from mach.data import CSR, take, take_rows
 from mach.decoding import TopK
-from mach.decoding.rerank import DEFAULT_WEIGHT, Nearest, SparseWeights, fit_margins, fit_prototypes, hear
+from mach.decoding.rerank import DEFAULT_WEIGHT, Evidence, Neighbours, SparseWeights, fit_margins, fit_prototypes, hear
+from mach.decoding.rerank.neighbours import Found
 from mach.metrics import hits
 from mach.parallel import judge
 from mach.parallel.rerank import COSTS, n_listed
@@ -27,6 +30,7 @@ from mach.train.loop import held_out_rows
 
 DEPTH, SAMPLES = 20, (500, 2000)
 KS = (1, 3, 5)
+COLUMNS = (("decoded", "sum"), ("decoded", "networks"), ("votes", "networks"), ("near", "sum"), ("near", "networks"))
 
 
 def shortlists(model: mach.Model, features: CSR, k: int) -> TopK:
@@ -39,12 +43,11 @@ def shortlists(model: mach.Model, features: CSR, k: int) -> TopK:
     return TopK(np.concatenate([part.labels for part in parts]), scores / np.float32(len(model.repetitions)))
 
 
-def precision(choice: judge.Choice, some: judge.Judge, fits: list[SparseWeights], heard: tuple, near: np.ndarray) -> np.ndarray:
+def precision(choice: judge.Choice, some: judge.Judge, fits: list[SparseWeights], heard: judge.Heard) -> np.ndarray:
     """Give P@1, P@3 and P@5 in points of samples that are ordered as was chosen."""
     labels, logits = some.top.labels[:, :DEPTH], some.top.scores[:, :DEPTH]
-    if choice.network is None:
-        near = near[:, :0]
-    opinions, is_candidate = hear(some.features, labels, logits, near, fits[choice.which], *heard)
+    near = heard.near if choice.network is not None else heard.near[:, :0]
+    opinions, is_candidate = hear(some.features, labels, logits, heard.found, near, fits[choice.which], heard.evidence)
     if choice.network is None:
         scores = opinions[:, :, 0] + choice.weight * opinions[:, :, 1]
     else:
@@ -65,16 +68,17 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
     fitted, rows = np.flatnonzero(used), np.arange(judged.n_samples) if has_dev else held
     features, truth = take(judged.features, rows), take_rows(judged.labels, rows)
     top = shortlists(model, features, min(2 * DEPTH, dataset.n_labels))
-    heard = fit_prototypes(train.features, train.labels, used)
-    nearest, n = Nearest.of(heard[0]), n_listed(model.sizes, DEPTH)
+    evidence = Evidence(*fit_prototypes(train.features, train.labels, used), Neighbours.of(train.features, train.labels, used))
+    deaf, neighbours, n = dataclasses.replace(evidence, neighbours=None), evidence.neighbours, n_listed(model.sizes, DEPTH)
     lists = shortlists(model, take(train.features, fitted), n).labels
-    beside = nearest.find(take_rows(train.features, fitted), n, lists)
-    near = nearest.find(features, DEPTH, top.labels[:, :DEPTH])
+    beside = neighbours.near(neighbours.find(take_rows(train.features, fitted), np.arange(len(fitted))), n, lists)
+    found = neighbours.find(features)
+    near = neighbours.near(found, DEPTH, top.labels[:, :DEPTH])
     halves = np.array_split(np.random.default_rng(0).permutation(len(rows)), 2)
     n_true = truth.nnz
     recalls = [
-        100 * hits(np.ascontiguousarray(found), truth).sum() / n_true
-        for found in (top.labels[:, :DEPTH], top.labels, np.concatenate([top.labels[:, :DEPTH], near], 1))
+        100 * hits(np.ascontiguousarray(labels), truth).sum() / n_true
+        for labels in (top.labels[:, :DEPTH], top.labels, np.concatenate([top.labels[:, :DEPTH], near], 1))
     ]
 
     def part(some: np.ndarray) -> judge.Judge:
@@ -83,17 +87,24 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
         )
 
     fewer = [n for n in SAMPLES if n < len(halves[0])]
-    better = "near" if recalls[2] > recalls[1] else "decoded"
+    better = "near" if recalls[2] > recalls[1] else "votes"
     gains: dict[object, list[np.ndarray]] = {}
     usual = []
-    for what, labels, found in (("decoded", lists, near[:, :0]), ("near", np.concatenate([lists, beside], 1), near)):
-        fits = fit_margins(train.features, train.labels, lambda labels=labels: [(fitted, labels)], costs=COSTS)
+    for what, labels, known, around in (
+        ("decoded", lists, deaf, near[:, :0]),
+        ("votes", lists, evidence, near[:, :0]),
+        ("near", np.concatenate([lists, beside], 1), evidence, near),
+    ):
+        if what != "votes":  # margins are the same as before
+            fits = fit_margins(train.features, train.labels, lambda labels=labels: [(fitted, labels)], costs=COSTS)
         for choose, rest in (halves, halves[::-1]):
-            given = part(rest), fits, heard, found[rest]
+            given = part(rest), fits, judge.Heard(known, Found(found.rows[rest], found.cosines[rest]), around[rest])
             if what == "decoded":
                 usual.append(precision(judge.Choice(0, DEFAULT_WEIGHT, None), *given))
             for size in (*(fewer if what == better else ()), len(choose)):
-                tried = part(choose[:size]).tried(fits, DEFAULT_WEIGHT, heard, found[choose[:size]])
+                some = choose[:size]
+                heard = judge.Heard(known, Found(found.rows[some], found.cosines[some]), around[some])
+                tried = part(some).tried(fits, DEFAULT_WEIGHT, heard)
                 for kind in ("sum", "networks"):
                     of_kind = [
                         t for t in tried if (t[0].network is not None and t[0].network.first.size > 0) == (kind == "networks")
@@ -102,7 +113,7 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
                     key = (what, kind) if size == len(choose) else (what, kind, size)
                     gains.setdefault(key, []).append(precision(best, *given))
     base = np.mean(usual, 0)
-    columns = [(what, kind) for what in ("decoded", "near") for kind in ("sum", "networks")]
+    columns = [(what, kind) for what, kind in COLUMNS]
     columns += [(better, "networks", size) for size in SAMPLES]
     cells = [f"{len(rows):,} of {'dev' if has_dev else 'train'}", " / ".join(f"{r:.1f}" for r in recalls)]
     cells += [" / ".join(f"{x:.2f}" for x in base)]
@@ -117,7 +128,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=4)
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()), "\n")
-    columns = ["data", "samples", "R of 20, 40, 20 and 20 near", "usual", "sum", "networks", "near, sum", "near, networks"]
+    columns = [
+        "data",
+        "samples",
+        "R of 20, 40, 20 and 20 near",
+        "usual",
+        "sum",
+        "networks",
+        "votes, networks",
+        "near, sum",
+        "near, networks",
+    ]
     columns += [f"by {n:,}" for n in SAMPLES]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for source in args.data:

@@ -25,7 +25,7 @@ Bools = npt.NDArray[np.bool_]
 
 MEMBERS = 8  # networks, and parts that the samples are cut into
 WIDTH = 32
-EPOCHS, VISITS, BATCH, RATE, DECAY = 30, 60_000, 64, 5e-3, 0.3  # VISITS: of samples, which makes epochs of many fewer
+EPOCHS, VISITS, BATCH, RATE, DECAY = 20, 60_000, 64, 2e-2, 0.1  # VISITS: of samples, which makes epochs of many fewer
 ROWS_A_TASK = 4096  # candidates that a thread weighs before it takes more
 NAMES = ("first", "first_bias", "second", "second_bias", "out", "skip", "bias")
 
