@@ -131,7 +131,8 @@ class Config:
     rerank_weight: float | Literal["auto"] = _setting(
         AUTO,
         "of their margin beside the mean logit, in a sum of the two and nothing else; auto: that sum, one with likeness to a "
-        "label's samples, or networks, as is best on the dev split or what is held out, else 1.5",
+        "label's samples, or networks, for which training samples are kept in the model, as is best on the dev split or what is "
+        "held out, else 1.5",
         0,
     )
 
