@@ -1,4 +1,4 @@
-"""Evidence that neither stage has learnt from choose between second stages, and train the networks of one."""
+"""Samples that neither stage has learnt from choose between second stages, and train the networks of one."""
 
 from __future__ import annotations
 

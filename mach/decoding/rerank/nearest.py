@@ -45,7 +45,7 @@ class Nearest:
 
         Only those of a product above zero; -1 stands where there are no more.
 
-        Args: besides, (N,), a row that each sample is not to find, for it is itself.
+        Args: n, at least 1; besides, (N,), a row that each sample is not to find, for it is itself.
         """
         out = np.full((len(features), n), -1, np.int64)
         values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
