@@ -25,6 +25,8 @@ HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
 RATE = 4e-3  # peak step size of AdamW; see experiments/accuracy/recipe
+MANY_LABELS = 2.0  # a sample, from which labels that look alike go together, and one bucket cannot tell them apart
+MOST_GROUPED = 1_000_000  # labels, whose directions take 2 GB: see mach/hashing/grouping.py
 HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
 
 
@@ -50,8 +52,12 @@ class Config:
 
     table: TableKind = _setting("hashed", "hashed: R small heads of B buckets; identity: one full head of K outputs")
     family: Family = _setting("carter-wegman", "universal family that hashes label ids (xxhash: label names)")
-    grouped: float = _setting(
-        0.0, "share of the repetitions in which rare labels with similar samples share a bucket, instead of hashed ones", 0, 1
+    grouped: float | Literal["auto"] = _setting(
+        AUTO,
+        "share of the repetitions in which rare labels with similar samples share a bucket, instead of hashed ones; auto: 1 "
+        "where a training sample has fewer than two labels and there are at most a million, else 0",
+        0,
+        1,
     )
     buckets: int | Literal["auto"] = _setting(AUTO, "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K)", 2)
     repetitions: int = _setting(8, "R, independent repetitions", 1)
@@ -197,6 +203,14 @@ class Config:
         if buckets > n_labels:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
+
+    def share_grouped(self, n_labels: int, labels_a_sample: float) -> float:
+        """Resolve the share of the repetitions whose buckets are learnt from the training samples."""
+        if self.table == "identity":
+            return 0.0
+        if isinstance(self.grouped, float):
+            return self.grouped
+        return float(labels_a_sample < MANY_LABELS and n_labels <= MOST_GROUPED)
 
     def n_epochs(self, n_samples: int, n_outputs: int, labels_a_sample: float) -> int:
         """Resolve the number of passes over so many training samples, for a head of so many outputs."""

@@ -31,7 +31,7 @@ from mach.data import Dataset
 from mach.store import Run, load_calibration, predictions
 from mach.train import group
 
-SMALL = ["--buckets", "13", "--hidden", "8", "--epochs", "1", "--batch-size", "50", "--rerank", "0"]
+SMALL = ["--buckets", "13", "--hidden", "8", "--epochs", "1", "--batch-size", "50", "--rerank", "0", "--grouped", "0"]
 PLACES = ["Lima", "Oslo", "Rome", "Kyiv", "Cairo", "Tokyo"]
 
 

@@ -183,6 +183,18 @@ def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive(n_ou
 
 
 @pytest.mark.parametrize(
+    ("n_labels", "labels", "share"),
+    [(10, 1.0, 1.0), (10, 1.999, 1.0), (10, 2.0, 0.0), (1_000_000, 1.0, 1.0), (1_000_001, 1.0, 0.0)],
+)
+def test_buckets_are_learnt_where_a_sample_has_about_one_label(n_labels, labels, share):
+    assert Config().share_grouped(n_labels, labels) == share
+    assert [Config(grouped=given).share_grouped(n_labels, labels) for given in (0, 0.25)] == [0, 0.25]
+    assert (
+        Config(table="identity").share_grouped(n_labels, labels) == Config(table="identity", grouped=1).share_grouped(10, 1) == 0
+    )
+
+
+@pytest.mark.parametrize(
     ("n_samples", "n_outputs", "labels", "epochs"),
     [
         (4_880, 128, 2.38, 6),  # few samples

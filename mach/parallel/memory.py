@@ -15,6 +15,7 @@ import torch
 from mach.config import Config
 from mach.encoders import inputs
 from mach.hashing.bounds import ensemble_cost
+from mach.hashing.grouping import WIDTH
 from mach.heads import linear
 from mach.heads.rounding import NARROW, STORAGE
 from mach.heads.shard import DRAWN
@@ -34,7 +35,8 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
 
     What stays: weights, moments, label table, and the head's copy for its products. What comes and goes: one repetition's
     weights, if there are several, beside them at the start and the end; with a step, a batch's hidden vectors, what a chunk of
-    buckets takes in one that tells its loss, and the row gradients of a block.
+    buckets takes in one that tells its loss, and the row gradients of a block. Before all these, if buckets are learnt, what they
+    are learnt from: that is most where labels are many and a repetition is small.
     """
     F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
@@ -48,10 +50,11 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     copy = products.itemsize * B * width if keeps_copy else 0
     slots = 4 * B if config.compensated else 0
     beside = one.weight_bytes if n > 1 else 0
-    return (
-        PROCESS_BYTES + n * (stays + copy + slots) + beside + step_bytes(config, sizes, n, device=device)
-        + inputs.GRADIENT_BYTES[device.type]
-    )  # fmt: skip
+    step = step_bytes(config, sizes, n, device=device) + inputs.GRADIENT_BYTES[device.type]
+    grouping = 0
+    if device.type == "cpu" and config.share_grouped(sizes.n_labels, sizes.labels_a_sample):
+        grouping = 2 * 4 * WIDTH * sizes.n_labels  # of rare ones only, which may be all
+    return PROCESS_BYTES + max(grouping, n * (stays + copy + slots) + beside + step)
 
 
 def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:

@@ -306,7 +306,7 @@ class Run:
         path = self.weights_path(repetition)
         try:
             parameters = load_file(path, device=str(device))
-            if self.config.table == "hashed" and is_grouped(repetition, self.config.grouped):
+            if is_grouped(repetition, self.config.share_grouped(self.sizes.n_labels, self.sizes.labels_a_sample)):
                 given[repetition] = parameters.pop(TABLE).cpu().numpy()
             return Packed.single(parameters, config=self.config, features=self.sizes.features)
         except (OSError, safetensors.SafetensorError, KeyError) as error:

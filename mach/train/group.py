@@ -74,7 +74,7 @@ def _train_group(job: Job, stop: Stop) -> Left | None:
     if job.threads:
         torch.set_num_threads(job.threads)
     run, dataset = Run.open(job.run), Dataset.open(job.data)
-    table = with_groups(table_of(run.config, run.sizes, job.repetitions, dataset.label_names), run.config, dataset)
+    table = with_groups(table_of(run.config, run.sizes, job.repetitions, dataset.label_names), run.config, run.sizes, dataset)
     path = checkpoint_path(job.run, job.repetitions)
     begun_in = getattr(torch, read_progress(path)["products"]) if path.exists() else None  # a run goes on as it began
     group = Group(run.config, dataset, run.sizes, table, resolve_device(job.device), products=begun_in)

@@ -9,19 +9,21 @@ from mach.config import Config
 from mach.data import CSR, Dataset, take, take_rows
 from mach.hashing import LabelTable
 from mach.hashing.grouping import LabelSums, group_labels, is_grouped
+from mach.packed import Sizes
 from mach.train.loop import HELD_OUT, n_held_out
 from mach.train.schedule import order_of
 
 BLOCK = 8192  # samples read at a time
 
 
-def with_groups(table: LabelTable, config: Config, dataset: Dataset) -> LabelTable:
+def with_groups(table: LabelTable, config: Config, sizes: Sizes, dataset: Dataset) -> LabelTable:
     """Give a table in which the repetitions that `config.grouped` says have buckets learnt from the samples they train on.
 
     A function of data, config and the repetition's number; the data are read once for the labels' counts and once a repetition.
     """
-    numbers = [r for r in table.repetitions if is_grouped(r, config.grouped)]
-    if table.is_identity or not numbers:
+    share = config.share_grouped(sizes.n_labels, sizes.labels_a_sample)
+    numbers = [r for r in table.repetitions if is_grouped(r, share)]
+    if not numbers:
         return table
     train, n_held = dataset.split("train"), n_held_out(config, dataset)
     blocks = [slice(i, min(i + BLOCK, train.n_samples)) for i in range(n_held, train.n_samples, BLOCK)]

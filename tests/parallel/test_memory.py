@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from mach.train.checkpoint import checkpoint_path, leftover_checkpoints, read_pr
 from mach.train.log import log_path, read_log
 
 CPU = torch.device("cpu")
-SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=1.0)
+SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=2.0)
 CONFIG = Config(
     buckets=13, repetitions=4, hidden=9, layers=1, dropout=0.3, batch_size=50, epochs=2, precision="float32"
 )  # 8 steps
@@ -68,6 +70,16 @@ def test_the_settings_of_the_head_are_counted_by_hand():
     assert of_memory[0] == of_memory[1] == of_memory[2] - (64 << 20)
     more = group_bytes(full.replace(compensated=0.25), many, 1, device=CPU) - of_memory[0]
     assert more == 10**6 * 4 + 10**6 // 4 * 8 * 2
+
+
+def test_what_buckets_are_learnt_from_counts_where_it_is_most():
+    config, few = Config(hidden=32), group_bytes(Config(hidden=32), SIZES, 1, device=CPU)
+    one = dataclasses.replace(SIZES, labels_a_sample=1.0)
+    assert group_bytes(config, one, 1, device=CPU) == few
+    many = dataclasses.replace(one, n_labels=100_000)
+    assert group_bytes(config, many, 1, device=CPU) == memory.PROCESS_BYTES + 2 * 4 * 256 * 100_000
+    for other in (config.replace(grouped=0), config.replace(table="identity")):
+        assert group_bytes(other, many, 1, device=CPU) < few + 100_000 + 64 * 100_000
 
 
 def test_a_lone_repetition_is_held_once():

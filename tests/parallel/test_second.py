@@ -104,7 +104,7 @@ def test_the_estimate_is_near_what_is_written(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rerank_module, "fit_margins", fitted)
     monkeypatch.setattr(Judge, "best", lambda self, *given: self.tried(*given)[-1][0])  # networks, which hear all
-    config = Config(buckets=13, repetitions=2, hidden=8, epochs=2, batch_size=50, precision="float32")
+    config = Config(buckets=13, repetitions=2, grouped=0, hidden=8, epochs=2, batch_size=50, precision="float32")
     train(config, tiny, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     found, record = second_stage(config, run.sizes, Samples.of(tiny)), reranker_record(run.path)

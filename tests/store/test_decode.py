@@ -36,7 +36,9 @@ TRUNCATED += [("softmax", "logits"), ("softmax", "log-probs")]
 @pytest.fixture(scope="module", params=["logistic", "softmax"])
 def run(request, tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
-    train(Config(buckets=B, repetitions=3, hidden=8, epochs=2, batch_size=100, rerank=0, loss=request.param), tiny, path)
+    train(
+        Config(buckets=B, repetitions=3, hidden=8, epochs=2, batch_size=100, rerank=0, grouped=0, loss=request.param), tiny, path
+    )
     return Run.open(path)
 
 
@@ -293,7 +295,7 @@ def test_other_runs_splits_and_cuts_are_refused(run, tiny, tmp_path):
     train(Config(buckets=B, repetitions=5, hidden=9, epochs=1), tiny, tmp_path / "other")
     write_scores(Run.open(tmp_path / "other"), tiny, tmp_path / "run", split="test", repetition=4, shard=(0, 3))
     shutil.copytree(run.path, tmp_path / "more")
-    more = Config(buckets=B, repetitions=5, hidden=8, epochs=2, batch_size=100, rerank=0, loss=run.config.loss)
+    more = Config(buckets=B, repetitions=5, hidden=8, epochs=2, batch_size=100, rerank=0, grouped=0, loss=run.config.loss)
     train(more, tiny, tmp_path / "more", repetitions=[4])
     write_scores(Run.open(tmp_path / "more"), tiny, tmp_path / "split", split="dev", repetition=4, shard=(0, 3))
     write_scores(Run.open(tmp_path / "more"), tiny, tmp_path / "n_shards", split="test", repetition=4, shard=(0, 2))

@@ -24,7 +24,7 @@ from mach.parallel import train
 from mach.store import Run, folder, load
 from mach.store.folder import format_repetitions, parse_repetitions
 
-CONFIG = Config(buckets=13, repetitions=3, hidden=9, dropout=0.3, batch_size=100, epochs=2, rerank=0)
+CONFIG = Config(buckets=13, repetitions=3, hidden=9, dropout=0.3, batch_size=100, epochs=2, rerank=0, grouped=0)
 
 
 @pytest.fixture(scope="module")

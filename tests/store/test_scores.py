@@ -26,7 +26,9 @@ N, K, B = 60, 40, 13
 @pytest.fixture(scope="module", params=["logistic", "softmax"])
 def run(request, tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
-    train(Config(buckets=B, repetitions=3, hidden=8, epochs=1, batch_size=100, rerank=0, loss=request.param), tiny, path)
+    train(
+        Config(buckets=B, repetitions=3, hidden=8, epochs=1, batch_size=100, rerank=0, grouped=0, loss=request.param), tiny, path
+    )
     return Run.open(path)
 
 

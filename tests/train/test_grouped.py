@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mach.parallel import train
 from mach.parallel.offline import predict
 from mach.store import Run, load
 from mach.store.decode import decode
+from mach.store.folder import sizes_of
 from mach.store.predictions import read_predictions
 from mach.store.scores import write_scores
 from mach.train import grouped
@@ -51,6 +53,10 @@ def hashed(config=CONFIG):
     return LabelTable.hashed(40, 13, config.repetitions, seed=config.seed)
 
 
+def given(table, config, dataset):
+    return with_groups(table, config, sizes_of(config, dataset), dataset)
+
+
 def learnt(features, labels, seed, repetition):
     """Learn a table from all samples at once."""
     x, y = (matrix.to_scipy().tocsr() for matrix in (features, labels))
@@ -60,22 +66,33 @@ def learnt(features, labels, seed, repetition):
 
 
 def test_a_share_of_the_repetitions_learns_from_the_train_split(tiny):
-    split, table = tiny.split("train"), with_groups(hashed(), CONFIG, tiny)
+    split, table = tiny.split("train"), given(hashed(), CONFIG, tiny)
     counts = np.bincount(split.labels.indices)
     assert 5 < (counts < 11).sum() < 35
     assert list(table.given) == [1, 3]
     for r in range(4):
         wanted = learnt(split.features, split.labels, 0, r) if r in (1, 3) else hashed().array()[r].tolist()
         assert table.array()[r].tolist() == wanted
-    alone = with_groups(LabelTable.hashed(40, 13, repetitions=[3]), CONFIG, tiny)
+    alone = given(LabelTable.hashed(40, 13, repetitions=[3]), CONFIG, tiny)
     assert alone.array()[0].tolist() == table.array()[3].tolist()  # whatever its companions
 
 
 def test_without_a_share_all_are_hashed(tiny):
     table = hashed()
-    assert with_groups(table, CONFIG.replace(grouped=0.0), tiny) is table
-    identity = LabelTable.identity(40)
-    assert with_groups(identity, CONFIG.replace(grouped=1.0), tiny) is identity
+    assert given(table, CONFIG.replace(grouped=0.0), tiny) is table
+    assert given(LabelTable.identity(40), CONFIG.replace(grouped=1.0, table="identity"), tiny).is_identity
+
+
+def test_all_learn_where_a_sample_has_about_one_label(tiny, tmp_path):
+    """And a stored model knows it."""
+    config, split = CONFIG.replace(grouped="auto", repetitions=2, epochs=1), tiny.split("train")
+    sizes = sizes_of(config, tiny)
+    assert 1 < sizes.labels_a_sample < 2
+    train(config, tiny, tmp_path)
+    found = load(tmp_path, device="cpu").table
+    assert list(found.given) == [0, 1]
+    assert found.array().tolist() == [learnt(split.features, split.labels, 0, r) for r in (0, 1)]
+    assert not with_groups(hashed(), config, replace(sizes, labels_a_sample=2.0), tiny).given
 
 
 def test_samples_held_out_teach_nothing(tiny, tmp_path):
@@ -85,7 +102,7 @@ def test_samples_held_out_teach_nothing(tiny, tmp_path):
     kept = np.sort(order_of(200, 3, HELD_OUT, np.arange(50, 200)))
     part = write_dataset(tmp_path / "p", {"train": (split.features.to_scipy()[kept], split.labels.to_scipy()[kept])})
     without = part.split("train")
-    found = with_groups(hashed(config), config, data)
+    found = given(hashed(config), config, data)
     counts = np.bincount(without.labels.indices, minlength=40)
     assert (counts < 11).any()
     near = np.mean(found.array()[1] == learnt(without.features, without.labels, 3, 1))
@@ -93,7 +110,7 @@ def test_samples_held_out_teach_nothing(tiny, tmp_path):
 
 
 def test_dense_features_teach_as_well(tiny_dense):
-    table = with_groups(LabelTable.hashed(tiny_dense.n_labels, 13, 4), CONFIG, tiny_dense)
+    table = given(LabelTable.hashed(tiny_dense.n_labels, 13, 4), CONFIG, tiny_dense)
     assert list(table.given) == [1, 3]
 
 
@@ -113,7 +130,7 @@ def test_the_layout_is_frozen(trained, tiny):
 
 def test_a_stored_model_decodes_with_the_tables_it_learnt(trained, tiny):
     model, features = load(trained, device="cpu"), tiny.split("test").features
-    table = with_groups(hashed(), CONFIG, tiny)
+    table = given(hashed(), CONFIG, tiny)
     assert model.table.array().tolist() == table.array().tolist()
     found, outputs = model.predict_topk(features, 7), model.bucket_logits(features)
     for n in range(0, 60, 6):

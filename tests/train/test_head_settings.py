@@ -29,7 +29,15 @@ from mach.train.loop import Group
 
 CPU = torch.device("cpu")
 CONFIG = Config(
-    buckets=16, repetitions=2, hidden=32, dropout=0.1, batch_size=16, epochs=20, learning_rate=0.02, input_learning_rate=0.03
+    buckets=16,
+    repetitions=2,
+    grouped=0,
+    hidden=32,
+    dropout=0.1,
+    batch_size=16,
+    epochs=20,
+    learning_rate=0.02,
+    input_learning_rate=0.03,
 )
 SOLVING = {"adamw": 0.02, "sgd": 1.0, "rowwise-adagrad": 0.1, "rowwise-adam": 0.02}
 CASES = [

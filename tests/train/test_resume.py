@@ -23,7 +23,16 @@ from mach.store import Run
 from mach.train import checkpoint, group
 
 SMALL = Config(
-    buckets=13, repetitions=2, hidden=9, layers=1, dropout=0.3, batch_size=100, epochs=3, learning_rate=0.02, weight_decay=0.01
+    buckets=13,
+    repetitions=2,
+    grouped=0,
+    hidden=9,
+    layers=1,
+    dropout=0.3,
+    batch_size=100,
+    epochs=3,
+    learning_rate=0.02,
+    weight_decay=0.01,
 )  # 6 steps
 STOPPING = {"patience": 2, "epochs": 12, "learning_rate": 0.3, "loss": "softmax"}  # stops before its last epoch
 
