@@ -25,6 +25,7 @@ HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
 RATE = 4e-3  # peak step size of AdamW; see experiments/accuracy/recipe
+MANY_SAMPLES = 50_000  # too many for a repetition to learn by heart: see experiments/accuracy/recipe
 MANY_LABELS = 2.0  # a sample, from which labels that look alike go together, and one bucket cannot tell them apart
 MOST_GROUPED = 1_000_000  # labels, whose directions take 2 GB: see mach/hashing/grouping.py
 HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
@@ -65,7 +66,9 @@ class Config:
 
     hidden: int = _setting(512, "D, width of the hidden vector", 1)
     layers: int = _setting(0, "residual layers of width D after the input layer", 0, 64)
-    dropout: float = _setting(0.3, "share of the hidden vector dropped while training", 0, 0.99)
+    dropout: float | Literal["auto"] = _setting(
+        AUTO, "share of the hidden vector dropped while training; auto: 0.3 for fewer than 50,000 samples, else none", 0, 0.99
+    )
     bottleneck: int = _setting(0, "width of a linear layer between hidden vector and head, which is then so wide; 0: none", 0)
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
 
@@ -83,7 +86,7 @@ class Config:
     learning_rate: float | Literal["auto"] = _setting(
         AUTO,
         "peak step size of AdamW, after the warm-up; auto: 0.004, down to a quarter of it where an output is positive in fewer "
-        "than one of 400 samples, of a full head to a half",
+        "than one of 400 samples, or for more than 50,000 of them; of a full head to a half",
         0,
     )
     input_learning_rate: float | Literal["auto"] = _setting(
@@ -204,6 +207,12 @@ class Config:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
 
+    def share_dropped(self, n_samples: int) -> float:
+        """Resolve the share of the hidden vector that is dropped while so many samples are trained on."""
+        if isinstance(self.dropout, float):
+            return self.dropout
+        return 0.3 if n_samples < MANY_SAMPLES else 0.0
+
     def share_grouped(self, n_labels: int, labels_a_sample: float) -> float:
         """Resolve the share of the repetitions whose buckets are learnt from the training samples."""
         if self.table == "identity":
@@ -231,13 +240,14 @@ class Config:
             return "rowwise-adam" if self.table == "identity" else "adamw"
         return self.head_optimizer
 
-    def rates(self, n_outputs: int, labels_a_sample: float) -> Rates:
-        """Resolve the peak step sizes for a head of so many outputs.
+    def rates(self, n_samples: int, n_outputs: int, labels_a_sample: float) -> Rates:
+        """Resolve the peak step sizes for so many training samples and a head of so many outputs.
 
-        Adam's steps are as large for an output that is hardly ever positive as for others, and tell it more of noise.
+        Adam's steps are as large for an output that is hardly ever positive as for others, and tell it more of noise; and there
+        are the more steps the more samples.
         """
         least = 0.5 if self.table == "identity" else 0.25
-        usual = RATE * min(1.0, max(least, 400 * labels_a_sample / n_outputs))
+        usual = RATE * min(1.0, max(least, min(400 * labels_a_sample / n_outputs, MANY_SAMPLES / n_samples)))
         dense = self.learning_rate if isinstance(self.learning_rate, float) else usual
         rows = self.input_learning_rate if isinstance(self.input_learning_rate, float) else 15 * usual
         head = self.head_learning_rate

@@ -309,7 +309,7 @@ def test_flags_go_before_the_file(works, tiny, tmp_path):
     works("train", tiny.path, "--out", tmp_path / "run", "--config", file, "--hidden", "8", "--no-normalize", "--seed", "5")
     config = Run.open(tmp_path / "run").config
     assert (config.buckets, config.hidden, config.repetitions, config.seed) == (13, 8, 2, 5)
-    assert (config.loss, config.normalize, config.dropout) == ("softmax", False, 0.3)
+    assert (config.loss, config.normalize, config.dropout) == ("softmax", False, "auto")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(works, fails, mach, tiny, run, tmp_path, monkeypatch):

@@ -172,14 +172,31 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
 
 
 @pytest.mark.parametrize(
-    ("n_outputs", "labels", "rate"), [(1_024, 15.65, 0.004), (2_048, 5.12, 0.004), (2_048, 1.6, 0.00125), (10**6, 1, 0.001)]
-)
-def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive(n_outputs, labels, rate):
-    assert Config().rates(n_outputs, labels) == Rates(pytest.approx(rate), pytest.approx(15 * rate), pytest.approx(rate))
+    ("n_samples", "n_outputs", "labels", "rate"),
+    [
+        (50_000, 1_024, 15.65, 0.004), (100, 2_048, 5.12, 0.004), (50_000, 2_048, 1.6, 0.00125), (50_000, 10**6, 1, 0.001),
+        (100_000, 1_024, 15.65, 0.002), (100_000, 2_048, 1.6, 0.00125), (10**9, 1_024, 15.65, 0.001),
+    ],
+)  # fmt: skip
+def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive_or_samples_many(n_samples, n_outputs, labels, rate):
+    assert Config().rates(n_samples, n_outputs, labels) == Rates(
+        pytest.approx(rate), pytest.approx(15 * rate), pytest.approx(rate)
+    )
     full = max(0.002, rate)
-    assert Config(table="identity").rates(n_outputs, labels) == Rates(*(pytest.approx(x) for x in (full, 15 * full, full)))
-    assert Config(learning_rate=1, head_optimizer="sgd").rates(n_outputs, labels) == Rates(1, pytest.approx(15 * rate), 3)
-    assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_outputs, labels) == Rates(pytest.approx(rate), 2, 0.5)
+    assert Config(table="identity").rates(n_samples, n_outputs, labels) == Rates(
+        *(pytest.approx(x) for x in (full, 15 * full, full))
+    )
+    assert Config(learning_rate=1, head_optimizer="sgd").rates(n_samples, n_outputs, labels) == Rates(
+        1, pytest.approx(15 * rate), 3
+    )
+    assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_samples, n_outputs, labels) == Rates(
+        pytest.approx(rate), 2, 0.5
+    )
+
+
+def test_a_share_is_dropped_where_samples_are_few():
+    assert [Config().share_dropped(n) for n in (1, 49_999, 50_000, 10**9)] == [0.3, 0.3, 0, 0]
+    assert [Config(dropout=share).share_dropped(n) for share in (0, 0.5) for n in (1, 10**9)] == [0, 0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -225,11 +242,14 @@ def test_buckets_given_or_of_the_full_head():
 
 
 def test_the_heads_rate_and_decay_are_its_own_or_follow():
-    assert (Config(learning_rate=0.5).rates(9, 1).head, Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
-    assert Config(head_learning_rate=0).rates(9, 1).head == 0 and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
+    assert (Config(learning_rate=0.5).rates(99, 9, 1).head, Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
+    assert (
+        Config(head_learning_rate=0).rates(99, 9, 1).head == 0
+        and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
+    )
     for kind in set(get_args(HeadOptimizer)) - {"adamw"}:
-        assert Config(head_optimizer=kind, learning_rate=0.5).rates(9, 1).head == HEAD_RATES.get(kind, 0.5)
-        assert Config(head_optimizer=kind, head_learning_rate=3).rates(9, 1).head == 3
+        assert Config(head_optimizer=kind, learning_rate=0.5).rates(99, 9, 1).head == HEAD_RATES.get(kind, 0.5)
+        assert Config(head_optimizer=kind, head_learning_rate=3).rates(99, 9, 1).head == 3
 
 
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):

@@ -65,7 +65,7 @@ def plain_s(data: str, n_threads: int, n_steps: int) -> float:
     split, D = dataset.split("train"), CONFIG.hidden
     table = torch.from_numpy(LabelTable.hashed(dataset.n_labels, 1024, 1).array()[0].astype(np.int64))
     bag = torch.nn.EmbeddingBag(dataset.n_features, D, mode="sum")
-    rest = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Dropout(CONFIG.dropout), torch.nn.Linear(D, 1024))
+    rest = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Dropout(CONFIG.share_dropped(split.n_samples)), torch.nn.Linear(D, 1024))
     optimizer = torch.optim.Adam([*bag.parameters(), *rest.parameters()], lr=1e-3)
     order = np.random.default_rng(0).permutation(split.n_samples)
 

@@ -100,7 +100,7 @@ class Group:
         self.n_samples, self.n_held, self.held_out = _held_out(config, dataset)
         self.n_epochs = config.n_epochs(self.n_samples, sizes.n_buckets, sizes.labels_a_sample)
         self.n_steps = self.n_epochs * self.steps_per_epoch
-        self.rates = config.rates(sizes.n_buckets, sizes.labels_a_sample)
+        self.rates = config.rates(self.n_samples, sizes.n_buckets, sizes.labels_a_sample)
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]
         self.packed = self._initial()
@@ -240,13 +240,14 @@ class Group:
 
     def _dropout(self) -> Dropout | None:
         """Give the dropout of this step, each repetition with its own generator of (seed, repetition, step)."""
-        if not self.config.dropout:
+        share = self.config.share_dropped(self.n_samples)
+        if not share:
             return None
         generators = []
         for r in self.repetitions:
             generator = torch.Generator(self.device)
             generators.append(generator.manual_seed(seed_of(self.config.seed, "dropout", r, self.step)))
-        return Dropout(self.config.dropout, generators)
+        return Dropout(share, generators)
 
     def _optimizer(self) -> Optimizer:
         """Make the optimiser, with the head's rule and the buckets whose rounding is compensated."""

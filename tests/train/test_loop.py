@@ -50,6 +50,7 @@ def without_dev(dataset, path):
         {"table": "identity", "loss": "squared-hinge", "normalize": False, "input_learning_rate": 0.003},
         {"loss": "logistic", "layers": 1, "dropout": 0.3},
         {"loss": "logistic", "dropout": 0.001},
+        {"loss": "softmax", "dropout": "auto"},
         {"loss": "softmax", "family": "multiply-shift"},
         {"loss": "squared-hinge", "layers": 1},
         {"table": "identity", "head_optimizer": "sgd", "head_learning_rate": 0.5, "weight_decay": 0.1, "head_batch_size": 13},

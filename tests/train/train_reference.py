@@ -68,13 +68,13 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
     second_F = np.zeros(len(weights[INPUT]))
     per_epoch = -(-len(X) // config.batch_size)
     n_epochs = config.n_epochs(len(X), sizes.n_buckets, sizes.labels_a_sample)
-    rates = config.rates(sizes.n_buckets, sizes.labels_a_sample)
+    rates = config.rates(len(X), sizes.n_buckets, sizes.labels_a_sample)
     losses, n_head = [], 0
     for step in range(n_steps):
         epoch, place = divmod(step, per_epoch)
         rows = order_of(len(X), config.seed, epoch)[place * config.batch_size : (place + 1) * config.batch_size]
         leaves = {name: torch.tensor(w, requires_grad=True) for name, w in weights.items()}
-        drop = _dropout(config, number, step, (len(rows), config.hidden))
+        drop = _dropout(config, config.share_dropped(len(X)), number, step, (len(rows), config.hidden))
         h = drop(torch.relu(torch.from_numpy(X[rows]) @ leaves[INPUT] + leaves["input.bias"]))
         for i in range(config.layers):
             h = h + drop(torch.relu(h @ leaves[f"layers.{i}.weight"] + leaves[f"layers.{i}.bias"]))
@@ -108,12 +108,12 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
     return weights, losses
 
 
-def _dropout(config, number, step, shape):
+def _dropout(config, share, number, step, shape):
     """Each step and repetition has its own generator, from which each layer draws its mask in turn."""
     generator = torch.Generator().manual_seed(seed_of(config.seed, "dropout", number, step))
-    if not config.dropout:
+    if not share:
         return lambda h: h
-    kept = round(256 * (1 - config.dropout))
+    kept = round(256 * (1 - share))
     n = shape[0] * shape[1]
 
     def drop(h):  # a later layer draws from where the one before stopped
