@@ -25,6 +25,7 @@ from mach.train.memory import peak_bytes
 CPU = torch.device("cpu")
 CASES = [
     {"n_features": 20_000, "repetitions": 1, "hidden": 128, "buckets": 256},
+    {"n_features": 20_000, "repetitions": 1, "hidden": 128, "buckets": 256, "grouped": 1.0},
     {"n_features": 20_000, "repetitions": 8, "hidden": 512, "buckets": 1024},
     {"n_features": 20_000, "repetitions": 8, "hidden": 512, "buckets": 1024, "precision": "float32"},
     {"n_features": 20_000, "repetitions": 8, "hidden": 512, "buckets": 1024, "layers": 2},
