@@ -86,7 +86,7 @@ class Config:
     learning_rate: float | Literal["auto"] = _setting(
         AUTO,
         "peak step size of AdamW, after the warm-up; auto: 0.004, down to a quarter of it where an output is positive in fewer "
-        "than one of 400 samples, or for more than 50,000 of them; of a full head to a half",
+        "than one of 400 samples, or samples are more than 50,000; of a full head to a half",
         0,
     )
     input_learning_rate: float | Literal["auto"] = _setting(

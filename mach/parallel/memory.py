@@ -53,7 +53,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     step = step_bytes(config, sizes, n, device=device) + inputs.GRADIENT_BYTES[device.type]
     grouping = 0
     if device.type == "cpu" and config.share_grouped(sizes.n_labels, sizes.labels_a_sample):
-        grouping = 2 * 4 * WIDTH * sizes.n_labels  # of rare ones only, which may be all
+        grouping = 2 * 4 * WIDTH * sizes.n_labels  # of rare ones only, which may be all; it is the host that learns them
     return PROCESS_BYTES + max(grouping, n * (stays + copy + slots) + beside + step)
 
 
