@@ -83,7 +83,8 @@ def main() -> None:
             out = args.out / f"{name}-{seed}"
             for row in compare(dataset, out, named):
                 print(line(name, row, seed), flush=True)
-                if row.name == "ours" and not mach.load(out / row.name, rerank=False).table.given:
+                derived = row.name == "ours" and "published" not in args.heads.split(",")
+                if derived and not mach.load(out / row.name, rerank=False).table.given:
                     print(line(name, without_reranker(row, out / row.name, dataset), seed), flush=True)
 
 
