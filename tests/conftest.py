@@ -11,6 +11,7 @@ import time
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
+import hypothesis
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -23,6 +24,8 @@ from mach.data import write_dataset
 from mach.train.log import read_log
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # some compile, and machines are shared
+hypothesis.settings.load_profile("untimed")
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # the tests were started in the background: what they start would ignore it, too

@@ -145,7 +145,6 @@ def test_propensities_follow_the_formula():
 # Against the loops
 
 
-@settings(deadline=None)
 @given(problems())
 def test_equals_the_loops(problem):
     labels_Nk, truth, propensity_K = problem
@@ -159,7 +158,7 @@ def test_equals_the_loops(problem):
     assert metrics.mean_average_precision(labels_Nk, csr) == pytest.approx(slow_map(labels, truth))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(problems(), st.floats(0, 1))
 def test_f1_equals_scikit_learn(problem, threshold):
     labels_Nk, truth, propensity_K = problem
@@ -178,7 +177,7 @@ def test_map_of_whole_rankings_is_scikit_learns():
     assert metrics.mean_average_precision(ranked_NK, csr_matrix(true_NK)) == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(problems(), st.integers(1, 4))
 def test_chunks_add_up_to_the_whole(problem, size):
     labels_Nk, truth, propensity_K = problem
@@ -210,7 +209,6 @@ class Slice:
 # Properties
 
 
-@settings(deadline=None)
 @given(problems())
 def test_the_best_lists_score_one(problem):
     _, truth, propensity_K = problem

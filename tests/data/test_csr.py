@@ -7,15 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mach.data import csr as csr_module
 from mach.data.csr import CSR, take_rows, tidy_rows
 from mach.data.strings import Strings
-
-relaxed = settings(deadline=None)  # the first call compiles
 
 
 def random_csr(n_rows: int, n_columns: int, seed: int = 0, density: float = 0.3) -> CSR:
@@ -29,7 +27,6 @@ def same(a: CSR, b: CSR) -> bool:
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 10**6), max_size=30), st.integers(0, 99))
-@relaxed
 def test_take_rows_equals_scipy_indexing(n_rows, picks, seed):
     csr = random_csr(n_rows, 7, seed)
     rows = [pick % n_rows for pick in picks]
@@ -79,7 +76,6 @@ def test_from_scipy_sums_sorts_and_drops_zeros_of_labels():
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 3)), max_size=8), max_size=6), st.booleans())
-@relaxed
 def test_tidy_rows_equals_dictionaries(rows, with_values):
     counts = np.array([len(row) for row in rows], np.int64)
     indices = np.array([i for row in rows for i, _ in row], np.int32)
@@ -97,7 +93,6 @@ def test_tidy_rows_equals_dictionaries(rows, with_values):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))), st.data())
-@relaxed
 def test_strings_are_the_list_they_were_made_of(texts, data):
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *(len(part) for part in encoded)])
@@ -112,7 +107,6 @@ def test_strings_are_the_list_they_were_made_of(texts, data):
 
 
 @given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.floats(-1, 1, width=32)), st.data())
-@relaxed
 def test_check_finite_names_row_and_feature(matrix, data):
     row, feature = (data.draw(st.integers(0, n - 1)) for n in matrix.shape)
     matrix[row, feature] = np.inf

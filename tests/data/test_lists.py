@@ -81,7 +81,7 @@ def test_a_set_a_sample(tmp_path):
     assert found.where(1) == f"{tmp_path}/e.npz: row 1"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.sets(st.integers(0, 999)), max_size=40),
     cuts=st.lists(st.integers(0, 40), min_size=2, max_size=2),

@@ -6,13 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mach.data.parse import Lines, parse_lines
 from mach.errors import DataError
 
-relaxed = settings(deadline=None)  # the first call compiles
 XC = Lines("t.txt", 50, 20, comments=False)
 SVM = Lines("t.svm", 2**31 - 1, 2**31 - 1, comments=True)
 
@@ -67,7 +66,6 @@ numbers = st.one_of(
 @example("5.")
 @example("-0")
 @example("7.E-2")
-@relaxed
 def test_numbers_are_what_python_reads(number):
     with np.errstate(over="ignore"):
         expected = np.float32(float(number))
@@ -104,7 +102,6 @@ line = st.tuples(
 @example("\n")
 @example("1,2\n")
 @example("0:1\n 1:2\n3\n")
-@relaxed
 def test_lines_are_what_python_reads(text):
     features, labels = parse(text)
     assert (rows_of(features), rows_of(labels)) == parse_reference(text)

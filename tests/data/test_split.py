@@ -59,7 +59,7 @@ def csr_of(rows, n_features):
 values = st.floats(-4, 4, width=32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.dictionaries(st.integers(0, 9), values, max_size=6), min_size=1, max_size=8))
 def test_groups_are_the_references(rows):
     assert alike_groups(csr_of(rows, 10)).tolist() == reference_groups(rows)

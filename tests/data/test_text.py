@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -32,7 +32,6 @@ def count_reference(documents, grams: Grams) -> np.ndarray:
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5), spans, spans)
 @example(DOCUMENTS, (1, 2), (2, 4))
 @example(["\x1c\u3000ß İ\x85\n_a", "a  b\ta"], (1, 3), (1, 8))
-@settings(deadline=None)
 def test_counts_equal_scikit_learn(documents, words, chars):
     if words is None and chars is None:
         words = (1, 1)

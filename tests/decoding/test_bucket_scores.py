@@ -27,7 +27,7 @@ def truth(logits_RB, loss, estimator):
     return (B * np.exp(log_probs_RB) - 1) / ((B - 1) * R) if estimator == "mean" else np.exp(log_probs_RB)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrays(np.float32, st.tuples(st.just(1), st.integers(1, 4), st.integers(2, 40)), elements=st.floats(-200, 200, width=32)),
     st.sampled_from(LOSSES),

@@ -44,7 +44,7 @@ def same(found, expected):
     return np.array_equal(found.labels, expected.labels) and found.scores.tobytes() == expected.scores.tobytes()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     st.integers(0, 2**32), st.sampled_from(SHAPES), st.sampled_from(SCALES), st.integers(1, 40), st.integers(1, 70), st.booleans()
 )  # fmt: skip
@@ -122,7 +122,7 @@ def test_threads_and_batches_do_not_change_a_bit():
         assert np.array_equal(one.scores[0], every.scores[n])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from(["mean", "logits", "log-probs"]), st.booleans(), st.booleans())
 def test_the_exact_search_leaves_samples_to_bytes(seed, estimator, restricts, excludes):
     rng = np.random.default_rng(seed)

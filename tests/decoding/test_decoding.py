@@ -50,7 +50,7 @@ def test_every_estimator_loss_and_table_width_agrees_with_the_reference(loss, es
     agrees(one, logits_NRB[1], table, loss=loss, estimator=estimator)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.integers(2, 60), st.integers(2, 40), st.integers(1, 32), st.integers(1, 60), st.integers(0, 2**32),
     st.sampled_from(LOSSES), st.sampled_from(ESTIMATORS), st.sampled_from([0.01, 3.0, 80.0]),
@@ -84,7 +84,6 @@ def test_planted_labels_come_first(estimator):
 
 
 @given(st.integers(1, 8), st.integers(2, 30), st.integers(0, 99), st.sampled_from(LOSSES))
-@settings(deadline=None)
 def test_sure_and_right_scores_one_and_nothing_scores_more(n_repetitions, n_buckets, seed, loss):
     table = LabelTable.hashed(30, n_buckets, n_repetitions, seed=seed)
     label = seed % 30

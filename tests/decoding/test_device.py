@@ -53,7 +53,7 @@ def same(found, expected):
     return np.array_equal(found.labels.numpy(), expected.labels) and np.array_equal(found.scores.numpy(), expected.scores)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 2**32), st.floats(0, 1), st.sampled_from(ESTIMATORS), st.sampled_from(FAMILIES), st.booleans(),
     st.sampled_from([1, 8, 64]),
@@ -96,7 +96,7 @@ def test_k_best_orders_any_float(seed, n, k):
     assert k_best(torch.from_numpy(row[None]), k)[0].tolist() == np.argsort(-row, kind="stable")[:k].tolist()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.integers(0, 2**32), st.sampled_from(ESTIMATORS), st.sampled_from(FAMILIES), st.booleans(), st.booleans(),
     st.sampled_from([1, 64]),
@@ -140,7 +140,7 @@ def planted_problem(seed, integers=False):
     return table, scores_NRB
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.sampled_from(["mean", "logits", "log-probs"]), st.booleans(), st.booleans())
 def test_the_pruned_search_is_the_scan(seed, estimator, integers, excludes):
     with pytest.MonkeyPatch.context() as patch:

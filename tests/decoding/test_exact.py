@@ -67,7 +67,7 @@ def check(seed, estimator, family="carter-wegman", integers=False):
     return not certificate.scanned[0]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 2**32), st.sampled_from(ESTIMATORS), st.sampled_from(["carter-wegman", "multiply-shift", "given"]),
     st.booleans(),
@@ -159,7 +159,7 @@ def test_no_samples():
     assert certificate.depth.shape == (0,)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.integers(0, 2**32), st.sampled_from(ESTIMATORS), st.sampled_from(["carter-wegman", "multiply-shift"]), st.booleans(),
     st.booleans(), st.booleans(),

@@ -65,7 +65,7 @@ def problems(draw):
     return z_NK.astype(np.float32), k, {"restrict": subset, "exclude": lists}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems(), st.sampled_from(LOSSES), st.sampled_from(ESTIMATORS), st.integers(1, 450), st.integers(1, 3))
 def test_chunks_give_the_bits_of_all_at_once(problem, loss, estimator, width, n_threads):
     z_NK, k, only = problem
@@ -189,7 +189,7 @@ def by_chunks_on_device(z_NK, k, *, width, **how):
         return full_topk(outputs, *z_NK.shape, k, width=width, device=CPU, **how)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.sampled_from(LOSSES), st.sampled_from(ESTIMATORS), st.integers(1, 450))
 def test_a_device_gives_the_k_best_of_its_own_scores(problem, loss, estimator, width):
     """To the bits where there is nothing to round; else right to rounding, in order, and nothing clearly better left out."""

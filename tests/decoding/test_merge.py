@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mach.comm import part_of
@@ -14,7 +14,6 @@ from mach.decoding.topk import NO_LABEL, TopK, topk_identity
 from mach.errors import ConfigError
 
 
-@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 30), st.integers(1, 7), st.booleans(), st.integers(0, 2**32), st.data())
 def test_the_merged_are_the_best_of_all(N, K, P, is_tied, seed, data):
     P, k = min(P, K), data.draw(st.integers(1, K))

@@ -30,7 +30,7 @@ def slowly(W: np.ndarray, x: np.ndarray, n: int, besides: int = -1) -> list[int]
 
 
 @pytest.mark.parametrize("all_from", [0.0, 2.0, 1e9])  # never, as sums are few, always
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
 def test_it_finds_what_a_search_over_all_rows_finds(all_from, monkeypatch, seed, n, is_one):
     monkeypatch.setattr(nearest, "ALL_FROM", all_from)

@@ -42,7 +42,7 @@ def test_used_samples_are_kept_at_length_one_without_what_is_near_zero():
     assert not found.samples.bias.any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, K), st.booleans(), st.booleans())
 def test_neighbours_and_their_votes_are_those_of_a_slow_count(seed, n, is_one, is_limited):
     rng = np.random.default_rng(seed)

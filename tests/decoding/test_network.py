@@ -126,7 +126,7 @@ def made(rng: np.random.Generator, n_near: int, depth: int) -> Reranker:
     return Reranker(weights, depth, 1.5, Opinions(Evidence(sparse(), counts, neighbours), some_network(rng), n_near))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, K), st.sampled_from([0, 1, 4]), st.sampled_from(["all", "some"])
 )  # fmt: skip

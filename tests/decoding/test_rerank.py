@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.svm import LinearSVC
 
@@ -164,7 +164,6 @@ def test_long_rows_of_weights_give_the_same_bits_as_short_ones(n_own):
         assert margins[label] == total * (np.float32(1) / np.sqrt(square) if n_own else 0)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_the_order_is_that_of_the_sums(seed, depth, k, has_ties):
     rng = np.random.default_rng(seed)

@@ -37,7 +37,7 @@ def assert_same(found: TopK, labels_Nk, scores_Nk):
     assert np.array_equal(found.scores, scores_Nk)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 2**32), st.integers(1, 18), st.integers(1, 32), st.integers(2, 200), st.integers(2, 300), st.integers(1, 300),
     st.sampled_from([np.uint8, np.uint16, np.uint32]), st.sampled_from(ESTIMATORS), st.integers(1, 5),
@@ -74,7 +74,7 @@ def test_the_sum_runs_over_r_in_order_in_float32():
     assert found.scores.tolist() == [[1.0]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 3 * BLOCK), st.integers(1, 1000), st.integers(1, 5))
 def test_plain_topk_is_exact_and_equals_the_scan_of_the_identity(seed, n_samples, n_labels, k, n_threads):
     k = min(k, n_labels)

@@ -38,7 +38,7 @@ def gathered(layer, batch, grad):
     return total, seen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.booleans(), st.sampled_from([1, 100, 1 << 24]))
 def test_both_inputs_equal_a_float64_product(problem, normalize, gradient_bytes):
     csr, X, weight, grad = problem
@@ -57,7 +57,7 @@ def test_both_inputs_equal_a_float64_product(problem, normalize, gradient_bytes)
             assert seen == sorted(set(csr.indices.tolist()))  # rows that no sample touches get no gradient, not a zero one
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems())
 def test_blocks_do_not_change_a_bit(problem):
     csr, _, weight, grad = problem
@@ -68,7 +68,7 @@ def test_blocks_do_not_change_a_bit(problem):
         assert torch.equal(gathered(layer, batch, grad.float())[0], whole)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems())
 def test_float32_errs_by_rounding_only(problem):
     csr, X, weight, _ = problem
@@ -134,7 +134,7 @@ def test_no_tensor_of_the_size_of_the_table_is_made(largest):
     assert largest.n_elements == 3 * N * R * D  # the rows touched; the table has F R D
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), st.booleans())
 def test_rows_in_bfloat16_are_summed_in_float32(problem, hashed):
     csr, _, weight, grad = problem

@@ -15,7 +15,7 @@ from mach.hashing.table import LabelTable
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32),
     st.sampled_from(["carter-wegman", "multiply-shift"]),

@@ -50,7 +50,7 @@ sizes = st.one_of(st.integers(2, 3000), st.sampled_from([2**31, 2**32 - 5, 2**32
 PRIMES = {2**31: 2**31 + 11, 2**32 - 5: 2**32 - 5, 2**32 - 4: 2**32 + 15, TOP - 87: TOP - 87, TOP: PRIME_ABOVE_TOP}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), sizes, st.sampled_from(["carter-wegman", "multiply-shift"]), st.integers(0, 2**63 - 1), st.integers(0, 999))
 def test_equals_exact_integers(data, n_labels, family, seed, repetition):
     n_buckets = data.draw(st.integers(2, n_labels if n_labels < 2**33 else 2**25))
@@ -61,7 +61,7 @@ def test_equals_exact_integers(data, n_labels, family, seed, repetition):
     assert fast.tolist() == [bucket(family, k, n_labels, n_buckets, seed, repetition, prime) for k in labels]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from(list(PRIMES)),
     st.data(),
@@ -75,7 +75,7 @@ def test_no_parameter_overflows(n_labels, data):
     assert CarterWegman(n_labels, n_buckets, a, b).buckets(labels).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(), st.integers(2, 2**32), st.integers(0, 2**63 - 1), st.integers(0, 99))
 def test_name_equals_exact_integers(name, n_buckets, seed, repetition):
     fast = make_family("xxhash", TOP, n_buckets, seed, repetition).buckets_of(iter([name]))
@@ -132,7 +132,7 @@ def test_drawn_functions_collide_as_often_as_chance(family):
     assert len(set(rates)) > 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 400), st.data(), st.integers(0, 99))
 def test_carter_wegman_inverse_and_loads(n_labels, data, repetition):
     n_buckets = data.draw(st.integers(2, n_labels))

@@ -76,7 +76,7 @@ def test_a_large_table_is_computed_and_never_held():
     assert table.buckets(TOP - 1, 0).shape == ()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(0, 99), max_size=60), max_size=6),
     st.integers(2, 100),

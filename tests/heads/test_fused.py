@@ -183,7 +183,7 @@ def test_outputs_in_float8_are_of_the_rounded_hidden_vectors_and_gradients_of_th
     check_gradients(problem, loss, blocks, chunk_bytes=2 * 64 * 2 * R * 32)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.tuples(*(st.integers(1, high) for high in (2, 33, 50, 40))), st.sampled_from(STORAGES), st.sampled_from(LOSSES),
     st.sampled_from([SMALL, WIDE]), st.sampled_from([0.0, 0.03, 0.3]), st.integers(1, 1 << 15), st.booleans(),

@@ -86,7 +86,7 @@ def problems(draw):
     return hidden, weight * draw(st.sampled_from([1.0, 10.0])), bias, is_positive
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.sampled_from(LOSSES), st.integers(1, 26))
 def test_a_step_equals_autograd_for_any_chunk(problem, loss, width):
     hidden, weight, bias, is_positive = problem
@@ -155,7 +155,7 @@ def test_no_tensor_of_samples_times_buckets_or_buckets_times_width_is_made(large
     assert largest.n_elements < min(R * N * B, R * B * D) / 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.sampled_from(LOSSES), st.integers(1, 26), st.sampled_from(["bfloat16", "float8"]))
 def test_a_step_from_narrow_storage_equals_autograd_over_the_stored_numbers(problem, loss, width, precision):
     """In float64, so that only wrong numbers could differ; there is no second copy to renew."""
@@ -233,7 +233,7 @@ def test_positives_equal_sets(R, N, B, seed, share):
     assert {x.dtype for x in (found.repetitions, found.samples, found.buckets, found.counts_RN)} == {torch.int64}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.sampled_from(LOSSES), st.integers(1, 26))
 def test_products_in_bfloat16_err_by_its_rounding_only(problem, loss, width):
     """Against float64 on the same rounded hidden vectors and weights, in units of the largest gradient."""

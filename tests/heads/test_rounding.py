@@ -97,7 +97,7 @@ floats = st.one_of(words, st.integers(0x30000000, 0x43000000), st.sampled_from([
 noises = st.one_of(words, st.sampled_from([0, 1, M - 1, 0xFFFF, 0xFFFF0000, 0x80000000]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(floats, noises)
 def test_rounding_equals_exact_fractions(word, u):
     x = np.array([word], np.uint32).view(np.float32)[0]
@@ -110,7 +110,7 @@ def test_rounding_equals_exact_fractions(word, u):
 PLACES = (st.integers(0, high) for high in (2**63 - 1, 2**40, 10**5, 2**40))  # seed, step, repetition, row
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(*PLACES, st.integers(1, 4), st.integers(1, 40))
 def test_noise_is_the_hash_of_its_place(seed, step, repetition, first, n_rows, width):
     u = noise_of([key_of(seed, step, repetition)], first, n_rows, width, CPU).numpy().view(np.uint32)
@@ -118,7 +118,7 @@ def test_noise_is_the_hash_of_its_place(seed, step, repetition, first, n_rows, w
     assert u[0].tolist() == truth
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**34), st.booleans(), st.sampled_from(list(TYPES)))
 def test_torch_and_kernels_give_the_same_bits(seed, first, any_bits, dtype):
     rng = np.random.default_rng(seed)
@@ -179,7 +179,6 @@ def test_neighbours_in_row_step_repetition_and_seed_are_unrelated():
     assert abs(float(x["here"].mean())) < 5 * 2**32 / 12**0.5 / n_rows**0.5
 
 
-@settings(deadline=None)
 @given(st.integers(0, M - 1), st.integers(0, 500), st.integers(1, 600), st.floats(0, 1))
 def test_the_columns_of_a_row_spread_their_noise_evenly(key, first, n, share):
     """Of n columns in a row, those below any share are that share of n but for 1 + log2(n) / 2 (independent: n**0.5 / 2)."""

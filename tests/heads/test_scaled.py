@@ -33,7 +33,7 @@ def scale_reference(numbers):
     return 2.0**exponent if most else 2.0**-9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=6), st.integers(-105, 120), st.booleans(),
     st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
@@ -93,7 +93,7 @@ def test_samples_have_scales_of_their_own():
     assert ((most > 223) & (most <= 448)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.sampled_from(LOSSES), st.integers(1, 26))
 def test_a_step_of_such_outputs_is_autograds_straight_through(problem, loss, width):
     """In float64, so that only wrong numbers could differ."""

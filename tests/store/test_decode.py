@@ -143,7 +143,7 @@ def test_a_killed_job_goes_on_where_it_was(run, tiny, tmp_path, monkeypatch):
 # The best buckets only
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32), case=st.sampled_from(TRUNCATED), R=st.integers(1, 4), B=st.integers(3, 12), K=st.integers(12, 40),
     scale=st.sampled_from([0.5, 3.0, 40.0]), ties=st.booleans(), k=st.integers(1, 6), choose=st.booleans(),

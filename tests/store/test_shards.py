@@ -50,7 +50,7 @@ def assert_reads(folder, size, seed=0, step=120):
         assert all(torch.equal(into[name], truth[name]) for name in truth)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, K), st.integers(1, K))
 def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path_factory, n_writers, n_readers):
     folder = tmp_path_factory.mktemp("set")

@@ -22,7 +22,7 @@ def test_every_bfloat16_is_read_right():
     np.testing.assert_array_equal(found, truth)  # NaN equals NaN here
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32 - 1))
 def test_rounding_to_bfloat16_is_torchs(bits):
     x = np.array([bits], np.uint32).view(np.float32)
@@ -40,7 +40,7 @@ def tensors(rng, dtype=torch.float32):
     return [torch.from_numpy(x).to(dtype) for x in (*rng.normal(size=(2, 3, 5, 4)), rng.random((3, 5, 4)))]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.booleans(), st.integers(1, 25))
 def test_a_gradient_and_a_copy_in_bfloat16(seed, with_copy, least):
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ def optimizer(weight_decay=0.0, dtype=torch.float64):
     return Optimizer(parameters, weight_decay=weight_decay, row_wise="input.weight")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, B), st.sampled_from([0.0, 0.1]), st.sampled_from(["head.weight", "head.bias"]))
 def test_adamw_in_parts_equals_the_formula(seed, width, weight_decay, name):
     ours, rng = optimizer(weight_decay), np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def test_a_gradient_that_is_not_contiguous_is_read_right():
     assert torch.equal(straight.state["head.weight.first"], turned.state["head.weight.first"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.booleans())
 def test_rows_equal_the_formula_and_others_stay(seed, all_rows):
     ours, rng = optimizer(), np.random.default_rng(seed)

@@ -44,7 +44,7 @@ def steps_of(csr, weight, rng, dtype, *, fused, n=3):
     return weight, optimizer.state["input.weight.second"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problems(), st.sampled_from([1, 3]))
 def test_a_visit_equals_gradient_and_update(problem, n_tasks):
     csr, weight, rng = problem
@@ -60,7 +60,7 @@ def test_a_visit_equals_gradient_and_update(problem, n_tasks):
     assert not found[1][rest].any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(problems())
 def test_float32_follows_float64_with_the_same_bits_for_any_number_of_threads(problem):
     csr, weight, rng = problem
@@ -106,7 +106,7 @@ def test_dense_features_are_updated_by_the_same_formula():
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems())
 def test_a_gradient_in_bfloat16_is_taken_as_it_is(problem):
     csr, weight, rng = problem
@@ -122,7 +122,7 @@ def test_a_gradient_in_bfloat16_is_taken_as_it_is(problem):
         torch.testing.assert_close(one, truth, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.sampled_from([(0, 1, 2), (7,)]), st.sampled_from([1, 3]))
 def test_rows_in_bfloat16_are_those_of_float32_rounded_by_the_numbers_of_their_place(problem, repetitions, n_tasks):
     csr, weight, rng = problem
@@ -178,7 +178,7 @@ def test_hashed_rows_in_bfloat16_are_rounded_by_repetition_and_bucket():
     assert not torch.equal(found[0], weight[:, 1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems())
 def test_without_a_visit_rows_in_bfloat16_get_the_same_step(problem):
     csr, weight, rng = problem

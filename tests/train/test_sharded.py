@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mach.comm import Alone, lengths_of, part_of
@@ -145,7 +145,6 @@ def test_parts_follow_each_other_and_are_near_equal(n, size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.data())
 def test_a_shard_draws_the_weights_that_the_whole_head_has(B, D, seed, data):
     start = data.draw(st.integers(0, B))
