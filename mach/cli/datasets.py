@@ -15,6 +15,8 @@ from mach.errors import DataError
 if TYPE_CHECKING:
     from mach.data import Dataset
 
+TOLD = 0.01  # of a split's samples that are in train
+
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="the train split's file, or a folder of train.*, test.* and dev.*")
@@ -39,6 +41,8 @@ def _prepare(args: argparse.Namespace) -> None:
             progress=progress,
         )
     say(describe(dataset))
+    for line in twins_of(dataset):
+        say(line)
 
 
 PREPARE = Command(
@@ -74,6 +78,23 @@ def describe(dataset: Dataset) -> str:
     """Say in a line what a data set holds."""
     splits = ", ".join(f"{name} {dataset.split(name).n_samples:,}" for name in dataset.split_names)
     return f"{dataset.path}: {splits} samples, {dataset.n_features:,} features, {dataset.n_labels:,} labels"
+
+
+def twins_of(dataset: Dataset) -> list[str]:
+    """Say which splits have many samples that are in train, too: a line each."""
+    from mach.data import count_twins
+
+    train, lines = dataset.split("train"), []
+    for split in (dataset.split(name) for name in dataset.split_names if name != "train"):
+        found = count_twins(train, split)
+        if found.n >= TOLD * split.n_samples > 0:
+            line = (
+                f"{split.name}: {found.n:,} of {split.n_samples:,} samples ({found.n / split.n_samples:.0%}) have the very "
+                f"features of one in train, {found.n_strange:,} of them none of its labels"
+            )
+            is_known = 2 * found.n_strange > found.n
+            lines.append(line + "; if known answers were left out, leave them out: mach predict --exclude" * is_known)
+    return lines
 
 
 def open_or_prepare(path: str, out: str) -> Dataset:
