@@ -124,6 +124,11 @@ def in_threads(kernel: Callable[..., None], tasks: Sequence[tuple[Any, ...]], n_
         future.result()
 
 
+def over_rows(kernel: Callable[..., None], arguments: Sequence[Any], n_rows: int, *, a_task: int) -> None:
+    """Call the kernel with the arguments and the bounds of a run of rows, for all runs of so many, in threads."""
+    in_threads(kernel, [(*arguments, low, min(low + a_task, n_rows)) for low in range(0, n_rows, a_task)], N_THREADS)
+
+
 @functools.cache
 def _pool(n_threads: int) -> ThreadPoolExecutor:
     """Keep threads for the next call: starting them takes as long as a small kernel."""

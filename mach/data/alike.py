@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mach.data.csr import CSR, Floats, Ints, read_only
-from mach.kernels import N_THREADS, in_threads, jit, mix
+from mach.kernels import jit, mix, over_rows
 
 BANDS = 16
 ROWS = 6  # orders of a band
@@ -39,8 +39,7 @@ def alike_groups(features: CSR) -> Ints:
     values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
     keys_WN = np.empty((BANDS, n), np.uint64)
     arrays = [read_only(array) for array in (features.indptr, features.indices, values, rarity_F)]
-    tasks = [(*arrays, keys_WN, low, min(low + _ROWS_A_TASK, n)) for low in range(0, n, _ROWS_A_TASK)]
-    in_threads(_keys_of, tasks, N_THREADS)
+    over_rows(_keys_of, (*arrays, keys_WN), n, a_task=_ROWS_A_TASK)
     least_N = np.arange(n)
     for keys_N in keys_WN:
         _join(np.argsort(keys_N, kind="stable"), keys_N, least_N)

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mach import kernels
 from mach.data import CSR
 from mach.decoding.rerank import Nearest, SparseWeights, nearest
 from mach.kernels import bits_of
@@ -62,9 +63,9 @@ def test_many_samples_in_threads_find_the_same_as_one_by_one(monkeypatch):
     W, X = rng.random((K, F)) * (rng.random((K, F)) < 0.3), rng.random((600, F)).astype(np.float32)
     nearest_of, features = Nearest.of(weights_of(W)), CSR.from_scipy(sp.csr_array(X))
     besides = rng.integers(0, K, 600)
-    monkeypatch.setattr(nearest, "N_THREADS", 3)
+    monkeypatch.setattr(kernels, "N_THREADS", 3)
     found = nearest_of.find(features, 5, besides)
-    for i in range(0, 600, 37):
+    for i in [*range(0, 600, 37), 255, 511, 599]:  # and the last of each task
         one = CSR.from_scipy(sp.csr_array(X[i : i + 1]))
         assert np.array_equal(nearest_of.find(one, 5, besides[i : i + 1])[0], found[i])
     empty = CSR(np.zeros(2, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), F)

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mach import kernels
 from mach.data import CSR
 from mach.decoding.only import Only, allowed_of, joined
 from mach.decoding.rerank import Neighbours, neighbours
@@ -105,10 +106,10 @@ def test_many_samples_in_threads_get_the_same_as_one_by_one(monkeypatch):
     rng = np.random.default_rng(2)
     kept, asked = Neighbours.of(drawn(rng, S), labels_of(rng, S), np.ones(S, bool)), drawn(rng, 600)
     candidates = np.stack([rng.permutation(K)[:4] for _ in range(600)])
-    monkeypatch.setattr(neighbours, "N_THREADS", 3)
+    monkeypatch.setattr(kernels, "N_THREADS", 3)
     found = kept.find(asked)
     votes, near = kept.votes(found, candidates), kept.near(found, 5, candidates)
-    for i in range(0, 600, 41):
+    for i in [*range(0, 600, 41), 255, 511, 599]:  # and the last of each task
         one = kept.find(CSR.from_scipy(asked.to_scipy()[[i]]))
         assert np.array_equal(one.rows[0], found.rows[i]) and np.array_equal(one.cosines[0], found.cosines[i])
         assert np.array_equal(kept.votes(one, candidates[i : i + 1])[0], votes[i])

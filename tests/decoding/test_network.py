@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mach import kernels
 from mach.data import CSR
 from mach.decoding import TopK
 from mach.decoding.only import Only, allowed_of, no_lists
@@ -54,7 +55,7 @@ def test_scores_are_those_of_the_definition_and_the_same_bits_for_one_candidate_
     assert np.allclose(whole, slow_scores(net, x.astype(np.float64)), atol=1e-4)
     assert net.scores(x[:0]).shape == (0, 6)
     monkeypatch.setattr(network, "ROWS_A_TASK", 7)
-    monkeypatch.setattr(network, "N_THREADS", 3)
+    monkeypatch.setattr(kernels, "N_THREADS", 3)
     assert np.array_equal(net.scores(x), whole) and np.array_equal(net.scores(x[3:4, 2:3]), whole[3:4, 2:3])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from mach.data import CSR
 from mach.data.csr import read_only
 from mach.errors import ConfigError
-from mach.kernels import N_THREADS, float_of, in_threads, jit_ieee
+from mach.kernels import float_of, jit_ieee, over_rows
 
 Array = npt.NDArray[np.generic]
 ROWS_A_TASK = 256  # samples that one thread scores before it takes more
@@ -47,10 +46,8 @@ class SparseWeights:
         out = np.empty(labels_Nk.shape, np.float32)
         values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
         arrays = (features.indptr, features.indices, values, labels_Nk, self.indptr, self.features, self.values, self.bias)
-        cuts = [*range(0, len(features), ROWS_A_TASK), len(features)]
         fixed = [read_only(array) for array in arrays]
-        tasks = [(*fixed, out, self.n_features, low, high) for low, high in itertools.pairwise(cuts)]
-        in_threads(_margins, tasks, N_THREADS)
+        over_rows(_margins, (*fixed, out, self.n_features), len(features), a_task=ROWS_A_TASK)
         return out
 
 

@@ -6,7 +6,6 @@ first, as long as there are no more than ENTRIES in all; so a sample costs the s
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ import scipy.sparse as sp
 from mach.data import CSR
 from mach.data.csr import read_only
 from mach.decoding.rerank.linear import ROWS_A_TASK, SparseWeights
-from mach.kernels import N_THREADS, float_of, in_threads, jit_ieee
+from mach.kernels import float_of, jit_ieee, over_rows
 
 Array = npt.NDArray[np.generic]
 ENTRIES = 1 << 16  # read for a sample: a quarter of that costs a hundredth of what is found, see experiments/accuracy
@@ -51,10 +50,8 @@ class Nearest:
         values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
         besides = np.full(len(features), -1) if besides_N is None else besides_N
         arrays = (features.indptr, features.indices, values, self.indptr, self.rows, self.values, besides)
-        cuts = [*range(0, len(features), ROWS_A_TASK), len(features)]
         fixed = [read_only(array) for array in arrays]
-        tasks = [(*fixed, self.n_rows, ENTRIES, ALL_FROM, out, low, high) for low, high in itertools.pairwise(cuts)]
-        in_threads(_find, tasks, N_THREADS)
+        over_rows(_find, (*fixed, self.n_rows, ENTRIES, ALL_FROM, out), len(features), a_task=ROWS_A_TASK)
         return out
 
 

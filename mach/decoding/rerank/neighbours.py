@@ -10,7 +10,6 @@ Systems, Man, and Cybernetics 6 (nearer ones count for more).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from mach.decoding.only import Only, allowed_of, no_lists
 from mach.decoding.rerank.fit import scales_of
 from mach.decoding.rerank.linear import ROWS_A_TASK, SparseWeights
 from mach.decoding.rerank.nearest import Nearest, insert
-from mach.kernels import N_THREADS, bits_of, in_threads, jit_ieee
+from mach.kernels import bits_of, jit_ieee, over_rows
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
@@ -78,7 +77,7 @@ class Neighbours:
         """
         out = np.zeros((*labels_Nk.shape, 2), np.float32)
         arrays = (*found, self.labels.indptr, self.labels.indices, labels_Nk)
-        self._in_threads(_votes, arrays, out)
+        self._over_rows(_votes, arrays, out)
         return out
 
     def near(self, found: Found, n: int, besides_Nm: Ints, only: Only | None = None) -> Ints:
@@ -89,14 +88,13 @@ class Neighbours:
         out = np.full((len(besides_Nm), n), -1, np.int64)
         if n:
             only = only or Only(*no_lists(len(besides_Nm)), allowed_of(None, self.labels.n_columns))
-            self._in_threads(_near, (*found, self.labels.indptr, self.labels.indices, besides_Nm, *only), out)
+            self._over_rows(_near, (*found, self.labels.indptr, self.labels.indices, besides_Nm, *only), out)
         return out
 
-    def _in_threads(self, kernel: Callable[..., None], arrays: tuple[Array, ...], out: Array) -> None:
+    def _over_rows(self, kernel: Callable[..., None], arrays: tuple[Array, ...], out: Array) -> None:
         """Let a kernel fill the rows of `out`."""
-        cuts, fixed = [*range(0, len(out), ROWS_A_TASK), len(out)], [read_only(array) for array in arrays]
-        tasks = [(*fixed, self.labels.n_columns, out, low, high) for low, high in itertools.pairwise(cuts)]
-        in_threads(kernel, tasks, N_THREADS)
+        fixed = [read_only(array) for array in arrays]
+        over_rows(kernel, (*fixed, self.labels.n_columns, out), len(out), a_task=ROWS_A_TASK)
 
 
 def rows_of(starts: Ints, features: npt.NDArray[np.int32], values: npt.NDArray[np.uint16], n: int) -> SparseWeights:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mach.data.csr import read_only
-from mach.kernels import N_THREADS, in_threads, jit_ieee
+from mach.kernels import jit_ieee, over_rows
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
@@ -55,8 +55,7 @@ class Network:
         x_CD = np.ascontiguousarray(opinions_NkD.reshape(-1, opinions_NkD.shape[2]))
         scores_C = np.empty(len(x_CD), np.float32)
         fixed = [read_only(x_CD), *(read_only(getattr(self, name)) for name in NAMES)]
-        tasks = [(*fixed, scores_C, low, min(low + ROWS_A_TASK, len(x_CD))) for low in range(0, len(x_CD), ROWS_A_TASK)]
-        in_threads(_score, tasks, N_THREADS)
+        over_rows(_score, (*fixed, scores_C), len(x_CD), a_task=ROWS_A_TASK)
         return scores_C.reshape(opinions_NkD.shape[:2])
 
 
