@@ -9,11 +9,11 @@ from mach.cli.datasets import twins_of
 from mach.data import CSR, Split, Twins, count_twins, twins, write_dataset
 
 
-def split_of(rows: list[tuple[dict[int, float], set[int]]], name: str = "test") -> Split:
+def split_of(rows: list[tuple[dict[int, float], set[int]]]) -> Split:
     X, Y = np.zeros((len(rows), 5), np.float32), np.zeros((len(rows), 5), np.float32)
     for n, (features, labels) in enumerate(rows):
         X[n, list(features)], Y[n, list(labels)] = list(features.values()), 1
-    return Split(name, CSR.from_scipy(sp.csr_array(X)), CSR.from_scipy(sp.csr_array(Y), with_values=False), None)
+    return Split("test", CSR.from_scipy(sp.csr_array(X)), CSR.from_scipy(sp.csr_array(Y), with_values=False), None)
 
 
 samples = st.tuples(st.dictionaries(st.integers(0, 4), st.sampled_from([1.0, 0.5, -0.5]), max_size=2), st.sets(st.integers(0, 4)))
@@ -28,7 +28,7 @@ def test_twins_are_counted_as_a_search_of_all_rows_does(train, other):
     assert count_twins(split_of(train), split_of(other)) == Twins(sum(map(bool, alike)), strange)
 
 
-def test_so_many_of_a_samples_twins_are_looked_at_and_no_more(monkeypatch):
+def test_so_many_of_a_samples_twins_are_looked_at_and_no_more():
     train = split_of([({0: 1.0}, {1})] * twins.MOST + [({0: 1.0}, {2})])
     assert count_twins(train, split_of([({0: 1.0}, {1}), ({0: 1.0}, {2})])) == Twins(2, 1)
 
