@@ -209,6 +209,7 @@ def test_prepare_text(works, tmp_path):
     (tmp_path / "b.tsv").write_text("Rome\tRome\n")
     args = ["prepare", tmp_path / "a.tsv", "--test", tmp_path / "b.tsv", "--out", tmp_path / "data", "--max-features", "5"]
     line = f"{tmp_path}/data: train 3, test 1 samples, 5 features, 3 labels\n"
+    line += "test: 1 of 1 samples (100%) have the very features of one in train; 0 of these share no label with it\n"
     assert works(*args) == line
     assert list(Dataset.open(tmp_path / "data").label_names) == ["London", "Rome", "Italy"]
     assert works(*args) == line  # a second time nothing is left to do

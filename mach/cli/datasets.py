@@ -90,7 +90,7 @@ def twins_of(dataset: Dataset) -> list[str]:
         if found.n >= TOLD * split.n_samples > 0:
             line = (
                 f"{split.name}: {found.n:,} of {split.n_samples:,} samples ({found.n / split.n_samples:.0%}) have the very "
-                f"features of one in train, {found.n_strange:,} of them none of its labels"
+                f"features of one in train; {found.n_strange:,} of these share no label with it"
             )
             is_known = 2 * found.n_strange > found.n
             lines.append(line + "; if known answers were left out, leave them out: mach predict --exclude" * is_known)

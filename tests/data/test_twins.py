@@ -53,10 +53,8 @@ def test_a_split_is_told_of_when_one_in_a_hundred_has_a_twin(tmp_path):
         Y_test[7] = labels
         train, test = ((sp.csr_array(a), sp.csr_array(b)) for a, b in ((X, Y), (tests, Y_test)))
         (line,) = twins_of(write_dataset(tmp_path / name, {"train": train, "test": test}))
-        n_strange = int(name == "other")
-        assert line.startswith(
-            f"test: 1 of 100 samples (1%) have the very features of one in train, {n_strange} of them none of its labels"
-        )
+        told = "test: 1 of 100 samples (1%) have the very features of one in train; "
+        assert line.startswith(f"{told}{int(name == 'other')} of these share no label with it")
         assert ("--exclude" in line) == (name == "other")
     tests[7] += 1
     assert not twins_of(write_dataset(tmp_path / "none", {"train": train, "test": (sp.csr_array(tests), test[1])}))
