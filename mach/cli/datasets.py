@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mach.data import Dataset
 
 TOLD = 0.01  # of a split's samples that are in train
+ADVISED = 0.1  # of a split's samples that are in train with other labels
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def twins_of(dataset: Dataset) -> list[str]:
                 f"{split.name}: {found.n:,} of {split.n_samples:,} samples ({found.n / split.n_samples:.0%}) have the very "
                 f"features of one in train; {found.n_strange:,} of these share no label with it"
             )
-            is_known = 2 * found.n_strange > found.n
+            is_known = found.n_strange >= ADVISED * split.n_samples
             lines.append(line + "; if known answers were left out, leave them out: mach predict --exclude" * is_known)
     return lines
 

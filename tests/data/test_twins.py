@@ -43,18 +43,20 @@ def test_values_that_are_not_there_are_ones_and_dense_rows_have_no_twins():
     assert count_twins(dense, dense) == Twins(0, 0)
 
 
-def test_a_split_is_told_of_when_one_in_a_hundred_has_a_twin(tmp_path):
+def test_a_split_is_told_of_when_one_in_a_hundred_has_a_twin_and_advised_when_one_in_ten_is_strange(tmp_path):
     rng = np.random.default_rng(0)
     X, Y = rng.random((200, 30), np.float32), (rng.random((200, 6)) < 0.5).astype(np.float32)
-    tests = rng.random((100, 30), np.float32)
-    tests[7] = X[5]
-    for name, labels in [("same", Y[5]), ("other", 1 - Y[5])]:
-        Y_test = Y[:100].copy()
-        Y_test[7] = labels
-        train, test = ((sp.csr_array(a), sp.csr_array(b)) for a, b in ((X, Y), (tests, Y_test)))
-        (line,) = twins_of(write_dataset(tmp_path / name, {"train": train, "test": test}))
-        told = "test: 1 of 100 samples (1%) have the very features of one in train; "
-        assert line.startswith(f"{told}{int(name == 'other')} of these share no label with it")
-        assert ("--exclude" in line) == (name == "other")
-    tests[7] += 1
-    assert not twins_of(write_dataset(tmp_path / "none", {"train": train, "test": (sp.csr_array(tests), test[1])}))
+
+    def told(name: str, n_twins: int, n_strange: int) -> list[str]:
+        X_test, Y_test = np.concatenate([X[:n_twins], rng.random((100 - n_twins, 30), np.float32)]), Y[:100].copy()
+        Y_test[:n_strange] = 1 - Y_test[:n_strange]
+        train, test = ((sp.csr_array(a), sp.csr_array(b)) for a, b in ((X, Y), (X_test, Y_test)))
+        return twins_of(write_dataset(tmp_path / name, {"train": train, "test": test}))
+
+    one, ten = "test: 1 of 100 samples (1%) have", "test: 20 of 100 samples (20%) have"
+    rest = "the very features of one in train; {} of these share no label with it"
+    assert told("none", 0, 0) == []
+    assert told("one", 1, 0) == [f"{one} {rest.format(0)}"]
+    assert told("strange", 20, 9) == [f"{ten} {rest.format(9)}"]
+    advice = "; if known answers were left out, leave them out: mach predict --exclude"
+    assert told("stranger", 20, 10) == [f"{ten} {rest.format(10)}{advice}"]
