@@ -30,6 +30,7 @@ from mach.train.stop import Stop
 
 SHORTLISTS = "shortlists.parquet"
 NEAR = "near.tmp"  # what is near to each training sample: int32 (N, listed)
+NEAR_ENTRIES = 1 << 13  # read to find what is near to a training sample, which makes negatives of it: roughly will do
 DEFAULT_COST = 0.2  # see experiments/accuracy/rerank
 COSTS = (DEFAULT_COST, 1.0)  # tried where samples can tell which is better
 FEWEST = 32  # samples that networks are trained on
@@ -142,7 +143,7 @@ def _near(
             for rows, top in read_predictions(file):
                 found = np.full(top.labels.shape, -1, np.int64)
                 some = used_N[rows]
-                around = neighbours.find(take_rows(features, rows[some]), kept_N[rows[some]])
+                around = neighbours.find(take_rows(features, rows[some]), kept_N[rows[some]], entries=NEAR_ENTRIES)
                 found[some] = neighbours.near(around, top.labels.shape[1], top.labels[some])
                 out.write(found.astype(np.int32).data)
                 told(int(rows[-1]) + 1, len(features))

@@ -45,8 +45,7 @@ def test_it_finds_what_a_search_over_all_rows_finds(all_from, monkeypatch, seed,
 
 
 @pytest.mark.parametrize(("entries", "opened"), [(100, 3), (8, 2), (7, 1), (3, 1), (0, 1)])
-def test_the_shortest_lists_are_opened_up_to_a_number_of_entries(monkeypatch, entries, opened):
-    monkeypatch.setattr(nearest, "ENTRIES", entries)
+def test_the_shortest_lists_are_opened_up_to_a_number_of_entries(entries, opened):
     W = np.zeros((12, 3))
     W[0, 1] = 1
     W[1:3, 1] = 0.5  # three rows
@@ -54,7 +53,7 @@ def test_the_shortest_lists_are_opened_up_to_a_number_of_entries(monkeypatch, en
     W[3:, 0] = 2  # nine
     x = np.array([[1, 1, 1]], np.float32)
     lists = [[1], [1, 2], [0, 1, 2]][opened - 1]
-    found = Nearest.of(weights_of(W)).find(CSR.from_scipy(sp.csr_array(x)), 4)
+    found = Nearest.of(weights_of(W)).find(CSR.from_scipy(sp.csr_array(x)), 4, entries=entries)
     assert found[0].tolist() == slowly(W[:, lists], np.ones(len(lists)), 4)
 
 

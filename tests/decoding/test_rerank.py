@@ -57,6 +57,7 @@ def same(one: SparseWeights, other: SparseWeights) -> bool:
 def test_each_label_is_solved_as_a_linear_svm_for_each_cost(data, monkeypatch, costs):
     features, labels, _, listed = data
     monkeypatch.setattr(fit, "SMALLEST", 1e-12)
+    monkeypatch.setattr(fit, "PASSES", 50)
     found = fit_margins(features, labels, lambda: [(np.arange(N), listed)], costs=costs)
     assert len(found) == len(costs)
     for cost, weights in zip(costs, found, strict=True):
@@ -89,13 +90,14 @@ def test_weights_near_zero_are_dropped_and_the_rest_kept(data, monkeypatch):
     assert np.array_equal(dense(every), np.where(np.abs(whole) >= 0.05, whole, 0)) and (np.abs(whole) < 0.05).any()
 
 
-def test_neither_blocks_nor_parts_nor_threads_matter(data, monkeypatch):
+def test_neither_blocks_nor_parts_nor_threads_nor_copies_matter(data, monkeypatch):
     features, labels, _, listed = data
     rows = np.arange(N)
     one = fitted(features, labels, [(rows, listed)])
     said = []
-    for pairs, n_threads in ((1, 1), (40, 3)):
+    for pairs, n_threads, copied in ((1, 1, 0), (40, 3, 200)):  # no label's samples, those of some labels
         monkeypatch.setattr(fit, "N_THREADS", n_threads)
+        monkeypatch.setattr(fit, "COPIED", copied)
         parts = [(rows[:17], listed[:17]), (rows[17:], listed[17:])]
         other = fitted(features, labels, parts, pairs=pairs, progress=lambda done, total: said.append((done, total)))
         assert same(other, one)

@@ -27,7 +27,8 @@ Shortlists = Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]  # ro
 
 SMALLEST = 0.05  # weights nearer to zero are dropped: a quarter of them is left, and no accuracy lost
 TOLERANCE = 0.1  # of the projected gradient
-PASSES = 50  # at most, over the pairs of a label
+PASSES = 8  # at most, over the pairs of a label: more cost as much again, and no accuracy is gained
+COPIED = 1 << 20  # entries of a label's samples, 8 bytes each
 PAIRS = 32 << 20  # held at once, 4 bytes each
 TASKS_A_THREAD = 8
 UNSEEN = -1.0  # the margin of a label that no sample has
@@ -126,7 +127,8 @@ def _solve(
     def solve(i: int) -> None:
         low, high = cuts[i]
         parts[i] = _fit(
-            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, costs, SMALLEST
+            indptr, indices, values, scales, n_features, samples, starts, n_positive, first, low, high, costs, SMALLEST, COPIED,
+            PASSES, TOLERANCE,
         )  # fmt: skip
 
     in_threads(solve, [(i,) for i in range(len(cuts))], N_THREADS)
@@ -191,67 +193,99 @@ def _negatives(
 @jit_ieee
 def _fit(
     indptr: Array, indices: Array, values: Array, scales: Array, n_features: int, samples: Array, starts: Array,
-    n_positive: Array, first: int, low: int, high: int, costs: Array, smallest: float,
+    n_positive: Array, first: int, low: int, high: int, costs: Array, smallest: float, copied: int, passes: int, tolerance: float,
 ) -> list[Found]:  # fmt: skip
-    """Solve the labels [low, high) of a block whose first is `first`, for each cost; keep what is not near zero."""
-    weights = np.zeros(n_features + 1, np.float32)  # the bias is the last, the weight of a feature that is always one
-    met, seen = np.empty(n_features, np.int32), np.zeros(n_features, np.bool_)
+    """Solve the labels [low, high) of a block whose first is `first`, for each cost; keep what is not near zero.
+
+    The samples of a label are copied, unless they are too many for that, with their features numbered from 0: pass after pass
+    finds them and their weights in cache, whatever N and F.
+    """
+    number, met = np.full(n_features, -1, np.int32), np.empty(n_features, np.int32)
+    own_features, own_values = np.empty(copied, np.int32), np.empty(copied, np.float32)
     counts, bias = np.zeros((len(costs), high - low), np.int64), np.full((len(costs), high - low), np.float32(UNSEEN))
-    features, kept = [np.empty(1024, np.int32) for _ in costs], [np.empty(1024, np.uint16) for _ in costs]
+    found, kept = [np.empty(1024, np.int32) for _ in costs], [np.empty(1024, np.uint16) for _ in costs]
     size = np.zeros(len(costs), np.int64)
     for label in range(low, high):
         if n_positive[label] == 0:
             continue
         rows = samples[starts[label] : starts[label + 1]]
-        duals = np.zeros(len(rows), np.float32)
+        begins, ends, factors = indptr[rows], indptr[rows + 1], scales[rows]
+        factors[n_positive[label] :] *= np.float32(-1)
+        is_copied, n_met, at = (ends - begins).sum() <= copied, 0, 0
+        for j in range(len(rows)):
+            begin = at
+            for i in range(begins[j], ends[j]):
+                feature = indices[i]
+                if number[feature] < 0:
+                    number[feature], met[n_met] = n_met if is_copied else feature, feature
+                    n_met += 1
+                if is_copied:
+                    own_features[at], own_values[at] = number[feature], values[i]
+                    at += 1
+            if is_copied:
+                begins[j], ends[j] = begin, at
+        weights = np.zeros((n_met if is_copied else n_features) + 1, np.float32)  # the last is the bias
+        duals, known = np.zeros(len(rows), np.float32), np.sort(met[:n_met])
+        of_features, of_values = (own_features, own_values) if is_copied else (indices, values)
         for c in range(len(costs)):
-            _descend(indptr, indices, values, scales, rows, n_positive[label], costs[c], first + label, weights, duals)
-            n_met = 0
-            for j in range(len(rows)):
-                if duals[j] != 0:
-                    for i in range(indptr[rows[j]], indptr[rows[j] + 1]):
-                        feature = indices[i]
-                        if not seen[feature] and abs(weights[feature]) >= smallest:
-                            seen[feature], met[n_met] = True, feature
-                            n_met += 1
-            need = size[c] + n_met
-            if need > len(kept[c]):
-                more = max(need - len(kept[c]), len(kept[c]))
-                features[c] = np.concatenate((features[c], np.empty(more, np.int32)))
+            _descend(
+                begins, ends, of_features, of_values, factors, n_positive[label], costs[c], first + label, passes, tolerance,
+                weights, duals,
+            )  # fmt: skip
+            if size[c] + n_met > len(kept[c]):
+                more = max(n_met, len(kept[c]))
+                found[c] = np.concatenate((found[c], np.empty(more, np.int32)))
                 kept[c] = np.concatenate((kept[c], np.empty(more, np.uint16)))
-            for i, feature in enumerate(np.sort(met[:n_met])):
-                features[c][size[c] + i], kept[c][size[c] + i], seen[feature] = feature, bits_of(weights[feature]), False
-            size[c] = need
-            counts[c, label - low], bias[c, label - low] = n_met, weights[n_features]
-        for row in rows:
-            for i in range(indptr[row], indptr[row + 1]):
-                weights[indices[i]] = 0
-        weights[n_features] = 0
-    return [(counts[c], features[c][: size[c]].copy(), kept[c][: size[c]].copy(), bias[c]) for c in range(len(costs))]
+            begin = size[c]
+            for feature in known:
+                weight = weights[number[feature]]
+                if abs(weight) >= smallest:
+                    found[c][size[c]], kept[c][size[c]] = feature, bits_of(weight)
+                    size[c] += 1
+            counts[c, label - low], bias[c, label - low] = size[c] - begin, weights[-1]
+        for feature in known:
+            number[feature] = -1
+    return [(counts[c], found[c][: size[c]].copy(), kept[c][: size[c]].copy(), bias[c]) for c in range(len(costs))]
 
 
 @jit_ieee
 def _descend(
-    indptr: Array, indices: Array, values: Array, scales: Array, rows: Array, n_positive: int, cost: float, seed: int,
-    weights: Array, duals: Array,
+    begins: Array, ends: Array, features: Array, values: Array, factors: Array, n_positive: int, cost: float, seed: int,
+    passes: int, tolerance: float, weights: Array, duals: Array,
 ) -> None:  # fmt: skip
-    """Solve one label for a cost, from weights and the dual variable of each pair that belong together; leave others there."""
-    n, ridge, state = len(rows), np.float32(0.5 / cost), np.uint64(seed)
+    """Solve one label for a cost, from weights and the dual variable of each pair that belong together; leave others there.
+
+    Pair j has the entries from begins[j] to ends[j], its factor is y / |x|; the feature that is always one has the last weight.
+    """
+    n, ridge, state = len(duals), np.float32(0.5 / cost), np.uint64(seed)
     order = np.arange(n)
     active, highest = n, np.float32(np.inf)
-    for _ in range(PASSES):
+    for _ in range(passes):
         for i in range(active - 1, 0, -1):
             state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-            j = np.int64((state >> np.uint64(33)) % np.uint64(i + 1))
+            j = np.int64(((state >> np.uint64(32)) * np.uint64(i + 1)) >> np.uint64(32))
             order[i], order[j] = order[j], order[i]
         most, least, at = np.float32(-np.inf), np.float32(np.inf), 0
         while at < active:
             j = order[at]
-            row, sign = rows[j], np.float32(1 if j < n_positive else -1)
-            total = np.float32(0)
-            for i in range(indptr[row], indptr[row + 1]):
-                total += weights[indices[i]] * values[i]
-            slope = sign * (total * scales[row] + weights[-1]) - np.float32(1) + ridge * duals[j]
+            i, stop, sign = begins[j], ends[j], np.float32(1 if j < n_positive else -1)
+            one, two, three, four = (
+                np.float32(0),
+                np.float32(0),
+                np.float32(0),
+                np.float32(0),
+            )  # at once: no sum waits for another
+            while i + 4 <= stop:
+                one += weights[features[i]] * values[i]
+                two += weights[features[i + 1]] * values[i + 1]
+                three += weights[features[i + 2]] * values[i + 2]
+                four += weights[features[i + 3]] * values[i + 3]
+                i += 4
+            while i < stop:
+                one += weights[features[i]] * values[i]
+                i += 1
+            total = (one + two) + (three + four)
+            slope = total * factors[j] + sign * weights[-1] - np.float32(1) + ridge * duals[j]
             if duals[j] == 0 and slope > 0:
                 if slope > highest:  # will stay at zero: not looked at again before the others have settled
                     active -= 1
@@ -262,16 +296,16 @@ def _descend(
                 at += 1
                 continue
             most, least = max(most, slope), min(least, slope)
-            curve = ridge + np.float32(1 + (1 if scales[row] > 0 else 0))
+            curve = ridge + np.float32(2 if factors[j] != 0 else 1)
             dual = max(np.float32(0), duals[j] - slope / curve)
-            step = sign * (dual - duals[j])
+            step = dual - duals[j]
             duals[j] = dual
             if step != 0:
-                for i in range(indptr[row], indptr[row + 1]):
-                    weights[indices[i]] += step * scales[row] * values[i]
-                weights[-1] += step
+                for i in range(begins[j], stop):
+                    weights[features[i]] += step * factors[j] * values[i]
+                weights[-1] += sign * step
             at += 1
-        if most - least <= TOLERANCE:
+        if most - least <= tolerance:
             if active == n:
                 break
             active, highest = n, np.float32(np.inf)

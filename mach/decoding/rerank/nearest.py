@@ -1,7 +1,7 @@
 """The rows whose products with a sample are largest, of very many: those that share its rarest features are looked at, no others.
 
 The rows are turned round: a list of (row, value) for each feature. A sample opens the lists of its features, the shortest
-first, as long as there are no more than ENTRIES in all; so a sample costs the same however many rows there are.
+first, as long as there are no more than so many entries in all; so a sample costs the same however many rows there are.
 """
 
 from __future__ import annotations
@@ -39,19 +39,22 @@ class Nearest:
         turned = sp.csr_array((weights.values, weights.features, weights.indptr), shape=shape).tocsc()
         return cls(turned.indptr.astype(np.int64), turned.indices.astype(np.int32), turned.data, shape[0])
 
-    def find(self, features: CSR, n: int, besides_N: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+    def find(
+        self, features: CSR, n: int, besides_N: npt.NDArray[np.int64] | None = None, *, entries: int = ENTRIES
+    ) -> npt.NDArray[np.int64]:
         """Give the n rows of the largest products with each sample, best first, ties by the smaller number: int64 (N, n).
 
         Only those of a product above zero; -1 stands where there are no more.
 
-        Args: n, at least 1; besides, (N,), a row that each sample is not to find, for it is itself.
+        Args: n, at least 1; besides, (N,), a row that each sample is not to find, for it is itself; entries, read for a sample at
+              most.
         """
         out = np.full((len(features), n), -1, np.int64)
         values = np.ones(len(features.indices), np.float32) if features.values is None else features.values
         besides = np.full(len(features), -1) if besides_N is None else besides_N
         arrays = (features.indptr, features.indices, values, self.indptr, self.rows, self.values, besides)
         fixed = [read_only(array) for array in arrays]
-        over_rows(_find, (*fixed, self.n_rows, ENTRIES, ALL_FROM, out), len(features), a_task=ROWS_A_TASK)
+        over_rows(_find, (*fixed, self.n_rows, entries, ALL_FROM, out), len(features), a_task=ROWS_A_TASK)
         return out
 
 

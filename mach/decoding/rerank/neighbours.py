@@ -22,7 +22,7 @@ from mach.data.csr import read_only
 from mach.decoding.only import Only, allowed_of, no_lists
 from mach.decoding.rerank.fit import scales_of
 from mach.decoding.rerank.linear import ROWS_A_TASK, SparseWeights
-from mach.decoding.rerank.nearest import Nearest, insert
+from mach.decoding.rerank.nearest import ENTRIES, Nearest, insert
 from mach.kernels import bits_of, jit_ieee, over_rows
 
 Array = npt.NDArray[np.generic]
@@ -61,12 +61,12 @@ class Neighbours:
     def _nearest(self) -> Nearest:
         return Nearest.of(self.samples)
 
-    def find(self, features: CSR, besides_N: Ints | None = None) -> Found:
+    def find(self, features: CSR, besides_N: Ints | None = None, *, entries: int = ENTRIES) -> Found:
         """Give the nearest training samples, the most like first.
 
-        Args: besides, (N,), the training sample that each sample is itself, which it is not to find.
+        Args: besides, (N,), the training sample that each sample is itself, which it is not to find; entries, as `Nearest.find`.
         """
-        rows = self._nearest.find(features, N_NEIGHBOURS, besides_N)
+        rows = self._nearest.find(features, N_NEIGHBOURS, besides_N, entries=entries)
         cosines = self.samples.margins(features, np.maximum(rows, 0))
         return Found(rows, np.where(rows >= 0, cosines, np.float32(0)))
 
