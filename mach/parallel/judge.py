@@ -31,6 +31,7 @@ from mach.parallel.devices import devices_of
 from mach.store import Run
 
 SAMPLES = 6_000  # of which a choice has enough
+NETWORKS_FROM = 200  # samples, below which networks are no better than sums: see experiments/accuracy/networks
 WEIGHTS = (0.4, 0.75, 1.5, 3.0, 6.0, 12.0, 24.0)  # of a margin beside a mean logit
 SHARES = (0.0, 0.5, 1.0, 2.0, 4.0)  # of a likeness beside a margin
 
@@ -105,19 +106,18 @@ class Judge:
     def best(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None) -> Choice:
         """Choose which of the weights orders best, and how margins and what training samples say count beside a mean logit.
 
-        The first weights in the sum that is asked for are taken unless something else is better by more than its standard error;
-        see `tried`.
+        The first way that is tried is taken unless another is clearly better: see `tried` and `best_of`.
         """
         tried = self.tried(fits, weight, heard)
         return tried[best_of([gained_N for _, gained_N in tried])][0]
 
     def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None) -> list[tuple[Choice, Floats]]:
-        """Give ways to order labels, and what each sample gains by them, its nDCG@5: sums, and networks.
+        """Give ways to order labels, and what each sample gains by them, its nDCG@5.
 
-        Networks are judged on samples that they have not seen. They are trained over the margins of the best sum first, and
-        over others only where they beat all sums.
+        Networks come first, over the margins of the best sum, if there are samples enough to train them; they are judged on
+        samples that they have not seen. Then the sum that is asked for, and others.
 
-        Args: weight, of margins in the first sum; heard, as `hear` gives it, None if no other sum is wanted.
+        Args: weight, of margins in that sum; heard, as `hear` gives it, None if no other sum is wanted, and no networks.
         """
         labels, logits = self.top.labels[:, : self.depth], self.top.scores[:, : self.depth]
         n_true_N, right = np.diff(self.truth.indptr), self._right(labels)
@@ -138,11 +138,10 @@ class Judge:
             network = sum_of((1, margin, margin * share, *[0] * (N_OPINIONS - 3)))
             choice = Choice(i, margin, network if share or heard.near.shape[1] else None)
             found.append((choice, gained(network.scores(opinions))))
-        for i in dict.fromkeys(choice.which for choice, _ in sorted(found, key=lambda each: -float(each[1].mean()))):
-            network, unseen = fit_network(told[i][0], is_candidate, right)
-            found.append((Choice(i, 0.0, network), gained(unseen)))
-            if best_of([gained_N for _, gained_N in found]) != len(found) - 1:
-                break
+        if len(n_true_N) >= NETWORKS_FROM:
+            which = max(found, key=lambda each: float(each[1].mean()))[0].which
+            network, unseen = fit_network(told[which][0], is_candidate, right)
+            found.insert(0, (Choice(which, 0.0, network), gained(unseen)))
         return found
 
     def _right(self, labels: Ints) -> Bools:

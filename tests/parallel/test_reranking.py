@@ -20,6 +20,7 @@ from mach.decoding.rerank import (
     Opinions,
     Reranker,
     SparseWeights,
+    best_of,
     fit_prototypes,
     look_around,
 )
@@ -181,12 +182,13 @@ def plain(W: np.ndarray) -> SparseWeights:
 
 
 def test_what_is_chosen_is_what_tells_right_labels():
-    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4)
-    assert heard.near.shape == (400, 0)
+    few = judge_module.NETWORKS_FROM - 1
+    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4, few)
+    assert heard.near.shape == (few, 0)
     choice = judge.best(fits, 1.5, heard)
     assert choice.which == 1 and choice.network is None and choice.order in ("logit + 1.5 margin", "logit + 3 margin")
     assert judge.best(fits, 0.75, None) == (1, 0.75, None)  # no others than the given weight
-    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * (m + 2 * p) > 12)
+    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * (m + 2 * p) > 12, few)
     choice = judge.best(fits, 1.5, heard)
     assert choice.which == 1 and choice.network.skip.tolist() == [[1, 3, 6, *[0] * (N_OPINIONS - 3)]]
     assert choice.order == "logit + 3 margin + 6 likeness"
@@ -340,12 +342,14 @@ def test_dense_features_and_the_full_head_have_none_by_default(tiny, tiny_dense,
     assert np.array_equal(model.predict_topk(X, 3).labels, model.reranker.rerank(X, decoded, 3, 1).labels)
 
 
-def test_networks_are_trained_over_other_margins_only_where_they_beat_all_sums(monkeypatch):
-    trained, real = [], judge_module.fit_network
-    monkeypatch.setattr(judge_module, "fit_network", lambda *given: trained.append(0) or real(*given))
-    for right_of, n in ((lambda logits, m, p: logits + 3 * m > 4, 1), (lambda logits, m, p: (m > 0.5) & (p < 1), 2)):
-        trained.clear()
-        judge, fits, heard = planted_judge(right_of)
-        tried = judge.tried(fits, 1.5, heard)
-        assert len(trained) == n and len(tried) == 2 + 2 * 7 * 5 + n
-        assert tried[2 + 2 * 7 * 5][0].which == 1  # where the best sum is
+def test_networks_come_first_where_samples_are_enough_to_train_them():
+    least = judge_module.NETWORKS_FROM
+    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4, least)
+    tried = judge.tried(fits, 1.5, heard)
+    assert len(tried) == 1 + 2 + 2 * 7 * 5 and [choice.order for choice, _ in tried].count("networks") == 1
+    best_sum = max(tried[1:], key=lambda each: each[1].mean())[0]
+    assert tried[0][0].order == "networks" and tried[0][0].which == best_sum.which == 1
+    choice = judge.best(fits, 1.5, heard)  # a sum tells all that is right; networks are hardly behind
+    assert choice.order == ("networks" if best_of([gained for _, gained in tried]) == 0 else best_sum.order)
+    judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4, least - 1)
+    assert len(judge.tried(fits, 1.5, heard)) == 2 + 2 * 7 * 5

@@ -26,10 +26,10 @@ def ndcg(scores_Nk: Floats, right_Nk: npt.NDArray[np.bool_], n_true_N: npt.NDArr
 
 
 def best_of(tried: Sequence[Floats]) -> int:
-    """Give which ordering has the best mean; the first, unless the best is ahead by more than the standard error of its lead.
+    """Give which ordering has the best mean; the first, unless the best is ahead by more than two standard errors of its lead.
 
     Where many are tried, some come out ahead by luck.
     """
     best = int(np.argmax([each_N.mean() for each_N in tried]))
     lead_N = tried[best] - tried[0]
-    return best if lead_N.mean() > lead_N.std() / math.sqrt(len(lead_N)) else 0
+    return best if lead_N.mean() > 2 * lead_N.std() / math.sqrt(len(lead_N)) else 0
