@@ -114,8 +114,8 @@ class Judge:
     def tried(self, fits: Sequence[SparseWeights], weight: float, heard: Heard | None) -> list[tuple[Choice, Floats]]:
         """Give ways to order labels, and what each sample gains by them, its nDCG@5.
 
-        Networks come first, over the margins of the best sum, if there are samples enough to train them; they are judged on
-        samples that they have not seen. Then the sum that is asked for, and others.
+        Networks come first, over the margins of each of the weights, the best in front, if there are samples enough to train
+        them; they are judged on samples that they have not seen. Then the sum that is asked for, and others.
 
         Args: weight, of margins in that sum; heard, as `hear` gives it, None if no other sum is wanted, and no networks.
         """
@@ -139,9 +139,9 @@ class Judge:
             choice = Choice(i, margin, network if share or heard.near.shape[1] else None)
             found.append((choice, gained(network.scores(opinions))))
         if len(n_true_N) >= NETWORKS_FROM:
-            which = max(found, key=lambda each: float(each[1].mean()))[0].which
-            network, unseen = fit_network(told[which][0], is_candidate, right)
-            found.insert(0, (Choice(which, 0.0, network), gained(unseen)))
+            networks = [(i, *fit_network(opinions, is_candidate, right)) for i, (opinions, _) in enumerate(told)]
+            judged = [(Choice(i, 0.0, network), gained(unseen)) for i, network, unseen in networks]
+            found = sorted(judged, key=lambda each: -float(each[1].mean())) + found
         return found
 
     def _right(self, labels: Ints) -> Bools:

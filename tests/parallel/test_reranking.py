@@ -346,10 +346,15 @@ def test_networks_come_first_where_samples_are_enough_to_train_them():
     least = judge_module.NETWORKS_FROM
     judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4, least)
     tried = judge.tried(fits, 1.5, heard)
-    assert len(tried) == 1 + 2 + 2 * 7 * 5 and [choice.order for choice, _ in tried].count("networks") == 1
-    best_sum = max(tried[1:], key=lambda each: each[1].mean())[0]
-    assert tried[0][0].order == "networks" and tried[0][0].which == best_sum.which == 1
+    assert len(tried) == 2 + 2 + 2 * 7 * 5
+    assert [(choice.order, choice.which) for choice, _ in tried[:3]] == [
+        ("networks", 1),
+        ("networks", 0),
+        ("logit + 1.5 margin", 0),
+    ]
+    assert tried[0][1].mean() > tried[1][1].mean()
+    networks, best_sum = tried[0], max(tried[2:], key=lambda each: each[1].mean())
     choice = judge.best(fits, 1.5, heard)  # a sum tells all that is right; networks are hardly behind
-    assert choice.order == ("networks" if best_of([gained for _, gained in tried]) == 0 else best_sum.order)
+    assert choice.order == (networks[0].order if best_of([networks[1], best_sum[1]]) == 0 else best_sum[0].order)
     judge, fits, heard = planted_judge(lambda logits, m, p: logits + 3 * m > 4, least - 1)
     assert len(judge.tried(fits, 1.5, heard)) == 2 + 2 * 7 * 5

@@ -19,13 +19,13 @@ import numpy as np
 
 import mach
 from mach.compare.rows import this_machine
-from mach.data import CSR, take, take_rows
+from mach.data import CSR, Split, take, take_rows
 from mach.decoding import TopK
 from mach.decoding.rerank import DEFAULT_WEIGHT, Evidence, Neighbours, SparseWeights, fit_margins, fit_prototypes, hear
 from mach.decoding.rerank.neighbours import Found
 from mach.metrics import hits
 from mach.parallel import judge
-from mach.parallel.rerank import COSTS, n_listed
+from mach.parallel.rerank import COSTS, NEAR_ENTRIES, n_listed
 from mach.train.loop import held_out_rows
 
 DEPTH, SAMPLES = 20, (500, 2000)
@@ -57,54 +57,91 @@ def precision(choice: judge.Choice, some: judge.Judge, fits: list[SparseWeights]
     return np.array([100 * right[:, :k].mean() for k in KS])
 
 
-def measure(source: Path, out: Path, repetitions: int) -> None:
-    dataset = mach.prepare(source, out / f"{source.name}.data")
-    has_dev = "dev" in dataset.split_names
-    config = mach.Config(rerank=0, repetitions=repetitions, validation=0.0 if has_dev else 0.1)
-    model = mach.train(config, dataset, out / source.name)
-    train, held = dataset.split("train"), held_out_rows(config, dataset)
-    used, judged = np.ones(train.n_samples, bool), dataset.split("dev") if has_dev else train
-    used[held] = False
-    fitted, rows = np.flatnonzero(used), np.arange(judged.n_samples) if has_dev else held
-    features, truth = take(judged.features, rows), take_rows(judged.labels, rows)
-    top = shortlists(model, features, min(2 * DEPTH, dataset.n_labels))
-    evidence = Evidence(*fit_prototypes(train.features, train.labels, used), Neighbours.of(train.features, train.labels, used))
-    deaf, neighbours, n = dataclasses.replace(evidence, neighbours=None), evidence.neighbours, n_listed(model.sizes, DEPTH)
-    lists = shortlists(model, take(train.features, fitted), n).labels
-    beside = neighbours.near(neighbours.find(take_rows(train.features, fitted), np.arange(len(fitted))), n, lists)
-    found = neighbours.find(features)
-    near = neighbours.near(found, DEPTH, top.labels[:, :DEPTH])
-    halves = np.array_split(np.random.default_rng(0).permutation(len(rows)), 2)
-    n_true = truth.nnz
-    recalls = [
-        100 * hits(np.ascontiguousarray(labels), truth).sum() / n_true
-        for labels in (top.labels[:, :DEPTH], top.labels, np.concatenate([top.labels[:, :DEPTH], near], 1))
-    ]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """One data set's held-out samples, what is known around them, and what margins are fitted on."""
 
-    def part(some: np.ndarray) -> judge.Judge:
-        return judge.Judge(
-            "half", take_rows(features, some), take_rows(truth, some), TopK(top.labels[some], top.scores[some]), DEPTH
+    name: str
+    held: judge.Judge  # all held-out samples
+    evidence: Evidence
+    found: Found
+    near: np.ndarray  # (N, DEPTH)
+    train: Split
+    fitted: np.ndarray  # rows of train
+    lists: np.ndarray  # their shortlists
+    beside: np.ndarray  # what is near to them and not on these
+
+    @classmethod
+    def of(cls, source: Path, out: Path, repetitions: int) -> Case:
+        """Train the first stage, and look around."""
+        dataset = mach.prepare(source, out / f"{source.name}.data")
+        has_dev = "dev" in dataset.split_names
+        config = mach.Config(rerank=0, repetitions=repetitions, validation=0.0 if has_dev else 0.1)
+        model = mach.train(config, dataset, out / source.name)
+        train, held = dataset.split("train"), held_out_rows(config, dataset)
+        used, judged = np.ones(train.n_samples, bool), dataset.split("dev") if has_dev else train
+        used[held] = False
+        fitted, rows = np.flatnonzero(used), np.arange(judged.n_samples) if has_dev else held
+        features, truth = take(judged.features, rows), take_rows(judged.labels, rows)
+        top = shortlists(model, features, min(2 * DEPTH, dataset.n_labels))
+        neighbours, n = Neighbours.of(train.features, train.labels, used), n_listed(model.sizes, DEPTH)
+        lists = shortlists(model, take(train.features, fitted), n).labels
+        around = neighbours.find(take_rows(train.features, fitted), np.arange(len(fitted)), entries=NEAR_ENTRIES)
+        found = neighbours.find(features)
+        return cls(
+            name=source.name,
+            held=judge.Judge("dev" if has_dev else "train", features, truth, top, DEPTH),
+            evidence=Evidence(*fit_prototypes(train.features, train.labels, used), neighbours),
+            found=found,
+            near=neighbours.near(found, DEPTH, top.labels[:, :DEPTH]),
+            train=train,
+            fitted=fitted,
+            lists=lists,
+            beside=neighbours.near(around, n, lists),
         )
 
+    def fits(self, lists: np.ndarray) -> list[SparseWeights]:
+        """Fit margins against what is listed, at each cost."""
+        return fit_margins(self.train.features, self.train.labels, lambda: [(self.fitted, lists)], costs=COSTS)
+
+    def part(self, some: np.ndarray) -> judge.Judge:
+        """Give some of the held-out samples."""
+        held = self.held
+        top = TopK(held.top.labels[some], held.top.scores[some])
+        return dataclasses.replace(held, features=take_rows(held.features, some), truth=take_rows(held.truth, some), top=top)
+
+    def heard(self, some: np.ndarray, evidence: Evidence, near: np.ndarray) -> judge.Heard:
+        """Give what is heard around some of them."""
+        return judge.Heard(evidence, Found(self.found.rows[some], self.found.cosines[some]), near[some])
+
+
+def measure(source: Path, out: Path, repetitions: int) -> None:
+    case = Case.of(source, out, repetitions)
+    N, truth, labels, near = len(case.near), case.held.truth, case.held.top.labels, case.near
+    halves = np.array_split(np.random.default_rng(0).permutation(N), 2)
+    recalls = [
+        100 * hits(np.ascontiguousarray(each), truth).sum() / truth.nnz
+        for each in (labels[:, :DEPTH], labels, np.concatenate([labels[:, :DEPTH], near], 1))
+    ]
+    deaf = dataclasses.replace(case.evidence, neighbours=None)
     fewer = [n for n in SAMPLES if n < len(halves[0])]
     better = "near" if recalls[2] > recalls[1] else "votes"
     gains: dict[object, list[np.ndarray]] = {}
     usual = []
-    for what, labels, known, around in (
-        ("decoded", lists, deaf, near[:, :0]),
-        ("votes", lists, evidence, near[:, :0]),
-        ("near", np.concatenate([lists, beside], 1), evidence, near),
+    for what, lists, known, around in (
+        ("decoded", case.lists, deaf, near[:, :0]),
+        ("votes", case.lists, case.evidence, near[:, :0]),
+        ("near", np.concatenate([case.lists, case.beside], 1), case.evidence, near),
     ):
         if what != "votes":  # margins are the same as before
-            fits = fit_margins(train.features, train.labels, lambda labels=labels: [(fitted, labels)], costs=COSTS)
+            fits = case.fits(lists)
         for choose, rest in (halves, halves[::-1]):
-            given = part(rest), fits, judge.Heard(known, Found(found.rows[rest], found.cosines[rest]), around[rest])
+            given = case.part(rest), fits, case.heard(rest, known, around)
             if what == "decoded":
                 usual.append(precision(judge.Choice(0, DEFAULT_WEIGHT, None), *given))
             for size in (*(fewer if what == better else ()), len(choose)):
                 some = choose[:size]
-                heard = judge.Heard(known, Found(found.rows[some], found.cosines[some]), around[some])
-                tried = part(some).tried(fits, DEFAULT_WEIGHT, heard)
+                tried = case.part(some).tried(fits, DEFAULT_WEIGHT, case.heard(some, known, around))
                 for kind in ("sum", "networks"):
                     of_kind = [
                         t for t in tried if (t[0].network is not None and t[0].network.first.size > 0) == (kind == "networks")
@@ -115,10 +152,10 @@ def measure(source: Path, out: Path, repetitions: int) -> None:
     base = np.mean(usual, 0)
     columns = [(what, kind) for what, kind in COLUMNS]
     columns += [(better, "networks", size) for size in SAMPLES]
-    cells = [f"{len(rows):,} of {'dev' if has_dev else 'train'}", " / ".join(f"{r:.1f}" for r in recalls)]
+    cells = [f"{N:,} of {case.held.name}", " / ".join(f"{r:.1f}" for r in recalls)]
     cells += [" / ".join(f"{x:.2f}" for x in base)]
     cells += [" / ".join(f"{x:+.2f}" for x in np.mean(gains[c], 0) - base) if c in gains else "" for c in columns]
-    print(f"| {source.name} | {' | '.join(cells)} |", flush=True)
+    print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
