@@ -3,7 +3,7 @@
     python experiments/speed/race.py DATA [DATA ...] --out runs/race [--epochs 1,2,3,4,6] [--seed 0] [--set hidden=256]
 
 DATA are folders of XC-repository text. The schedule is fitted to the number of epochs, as it is for anyone who trains so long.
-Compare with `peers.py` on the same machine, one after the other. Prints a Markdown table.
+Compare with `accuracy/table/peers.py` on the same machine, one after the other. Prints a Markdown table.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     cd experiments/accuracy; python table/gather.py table/measured.md table/peers.md --out accuracy.svg
 
-Lines of a Markdown table are read, others passed over. A peer's line has no seed, and of the figures P@1 / P@3 / P@5, train s and
-MB only. Where there are several seeds, the mean is given, and of precision how far the seeds lie apart.
+Lines of a Markdown table are read, others passed over. A peer's line has no parameters and no decoding; a cell may be empty, in
+all lines of a head. Where there are several seeds or runs, the mean is given, and of precision how far they lie apart.
 """
 
 from __future__ import annotations
@@ -96,9 +96,8 @@ def main() -> None:
     print(f"| data | head | seeds | P@1 / P@3 / P@5 | PSP@1 / 3 / 5 | R@10 | R@100 | {costs} |")
     print("|" + "---|" * 12)
     for (data, head), lines in found.items():
-        seeds = len(lines) if head in HEADS else ""
         cells = [mean_cell([line[i] for line in lines], spread=i == 0) for i in range(len(lines[0]))]
-        print(f"| {data} | {head} | {seeds} | {' | '.join(cells)} |")
+        print(f"| {data} | {head} | {len(lines)} | {' | '.join(cells)} |")
     compared = {data for data, head in found if head not in HEADS}
     datasets = list(dict.fromkeys(data for data, head in found if head in DRAWN and data in compared))
     draw(found, datasets, args.out)
