@@ -15,7 +15,7 @@ import torch
 from mach.config import Config
 from mach.data import CSR, Dataset
 from mach.decoding.full import CHUNK_BYTES
-from mach.decoding.rerank.fit import PAIRS
+from mach.decoding.rerank.fit import COPIED, PAIRS
 from mach.hashing.bounds import ensemble_cost
 from mach.kernels import N_THREADS
 from mach.model import FULL_ROWS, Sizes, chunk_rows, resolve_precision, resolve_rows
@@ -104,8 +104,8 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
 
     The allocator still holds what came and went with a step of training. Shortlists take the mapped weights of all repetitions,
     bucket scores twice, those of one repetition beside them, and the lists of some thousand samples. The fit takes pairs, a
-    number or two a feature and thread, and the weights of each fit, of prototypes, and of samples by row and by feature. Both map
-    the features.
+    number or two a feature and thread, copies of samples, and the weights of each fit, of prototypes, and of samples by row and
+    by feature. Both map the features.
     """
     R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
     products = resolve_precision(config.precision, CPU)
@@ -120,7 +120,8 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
     lists = held + 2 * scores + scores // R + N_THREADS * THREAD_BYTES + LISTED_BYTES * rows * listed
     pairs = min(PAIRS, round(samples.n * (listed + sizes.labels_a_sample)))
     n_fits = (len(COSTS) if config.rerank_cost == "auto" else 1) + (1 if config.rerank_weight == "auto" else 0)
-    fit = 4 * (pairs + samples.n + 2 * N_THREADS * F) + n_fits * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
+    copies = 8 * N_THREADS * min(COPIED, round(samples.n * samples.features))
+    fit = 4 * (pairs + samples.n + 2 * N_THREADS * F) + copies + n_fits * (WEIGHT_BYTES * weights + LABEL_BYTES * sizes.n_labels)
     if config.rerank_weight == "auto":  # samples that vote by row and by feature, and a sum and a number each a thread
         fit += _kept_bytes(sizes, samples) + round(WEIGHT_BYTES * samples.n * samples.features) + 8 * N_THREADS * samples.n
     mapped = round(8 * samples.n * samples.features)

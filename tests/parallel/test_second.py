@@ -72,7 +72,8 @@ def test_the_bytes_of_the_fit_are_counted_by_hand():
     one = second_stage(CONFIG, large, many)
     process = PROCESS_BYTES + LATER_BYTES + step_bytes(CONFIG, large, 3, device=CPU) + 8 * 12 * 10**8
     pairs, weights = 32 << 20, n_weights(large, many)
-    assert one.peak_bytes == process + 4 * (pairs + 10**8 + 2 * N_THREADS * 10**6) + 6 * weights + 12 * 500
+    copies = N_THREADS * (8 << 20)
+    assert one.peak_bytes == process + 4 * (pairs + 10**8 + 2 * N_THREADS * 10**6) + copies + 6 * weights + 12 * 500
     tried = second_stage(CONFIG.replace(rerank_cost="auto"), large, many)
     assert tried.peak_bytes - one.peak_bytes == 6 * weights + 12 * 500  # one more cost, whose weights are kept
     weighed = second_stage(CONFIG.replace(rerank_weight="auto"), large, many)

@@ -269,12 +269,7 @@ def _descend(
         while at < active:
             j = order[at]
             i, stop, sign = begins[j], ends[j], np.float32(1 if j < n_positive else -1)
-            one, two, three, four = (
-                np.float32(0),
-                np.float32(0),
-                np.float32(0),
-                np.float32(0),
-            )  # at once: no sum waits for another
+            one = two = three = four = np.float32(0)  # none waits for another
             while i + 4 <= stop:
                 one += weights[features[i]] * values[i]
                 two += weights[features[i + 1]] * values[i + 1]
