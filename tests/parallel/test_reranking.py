@@ -243,7 +243,10 @@ def test_near_labels_are_fitted_against_and_found(tiny, tmp_path, monkeypatch):
         return real(features, labels, shortlists, **how)
 
     monkeypatch.setattr(rerank_module, "fit_margins", fit)
+    read, find = [], Neighbours.find
+    monkeypatch.setattr(Neighbours, "find", lambda *given, **how: read.append(how.get("entries")) or find(*given, **how))
     train(CONFIG, tiny, tmp_path / "run")
+    assert set(read) == {rerank_module.NEAR_ENTRIES, None}  # of training samples, and of those that judge
     record, n = record_of(tmp_path / "run"), record_of(tmp_path / "run")["listed"]
     assert listed[0].shape == (200, 2 * n) and not (tmp_path / "run" / "near.tmp").exists()
     assert all(len(set(row) - {-1}) == (row >= 0).sum() for row in listed[0].tolist() for row in [np.array(row)])
