@@ -164,7 +164,7 @@ def _predicted_bytes(run: Run, dataset: Dataset, groups: Sequence[int], device: 
 
 def _sums(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for figures in each for name in figures)
-    return {name: round(sum(figures.get(name, 0.0) for figures in each), 3) for name in names}
+    return {name: round(sum(figures.get(name, 0.0) for figures in each), 6) for name in names}
 
 
 def measure(model: Model, dataset: Dataset) -> tuple[dict[str, float], float, float]:

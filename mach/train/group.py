@@ -155,7 +155,7 @@ def facts_of(group: Group, r: int, seconds: float) -> dict[str, Any]:
     """Give what the record of the r-th packed repetition says of its training."""
     return {
         "steps": group.step,
-        "parts_s": {part: round(s / len(group.repetitions), 3) for part, s in group.clock.spent().items()},  # its share, too
+        "parts_s": {part: round(s / len(group.repetitions), 6) for part, s in group.clock.spent().items()},  # its share, too
         "train_s": round(seconds / len(group.repetitions), 3),  # its share of the group's time
         "peak_bytes": peak_bytes(group.device),
         "group": list(group.repetitions),
