@@ -25,6 +25,7 @@ HeadOptimizer = Literal["adamw", "sgd", "rowwise-adagrad", "rowwise-adam"]
 Estimator = Literal["mean", "logits", "log-probs", "min", "median"]
 AUTO = "auto"
 RATE = 4e-3  # peak step size of AdamW; see experiments/accuracy/recipe
+WIDTH, FEW_WIDTH = 512, 256  # of the hidden vector, where samples are many and where they are few
 MANY_SAMPLES = 50_000  # too many for a repetition to learn by heart: see experiments/accuracy/recipe
 MANY_LABELS = 2.0  # a sample, from which labels that look alike go together, and one bucket cannot tell them apart
 MOST_GROUPED = 1_000_000  # labels, whose directions take 2 GB: see mach/hashing/grouping.py
@@ -64,7 +65,9 @@ class Config:
     repetitions: int = _setting(8, "R, independent repetitions", 1)
     seed: int = _setting(0, "seed of the hashes, the initial weights and the order of the data", 0, 2**63 - 1)
 
-    hidden: int = _setting(512, "D, width of the hidden vector", 1)
+    hidden: int | Literal["auto"] = _setting(
+        AUTO, "D, width of the hidden vector; auto: 256 for fewer than 50,000 samples, else, and of a full head, 512", 1
+    )
     layers: int = _setting(0, "residual layers of width D after the input layer", 0, 64)
     dropout: float | Literal["auto"] = _setting(
         AUTO, "share of the hidden vector dropped while training; auto: 0.3 for fewer than 50,000 samples, else none", 0, 0.99
@@ -207,6 +210,12 @@ class Config:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
         return buckets
 
+    def n_hidden(self, n_samples: int) -> int:
+        """Resolve D, the width of the hidden vector, for so many training samples."""
+        if self.hidden != AUTO:
+            return int(self.hidden)
+        return FEW_WIDTH if n_samples < MANY_SAMPLES and self.table == "hashed" else WIDTH
+
     def share_dropped(self, n_samples: int) -> float:
         """Resolve the share of the hidden vector that is dropped while so many samples are trained on."""
         if isinstance(self.dropout, float):
@@ -283,17 +292,17 @@ class Config:
 def _check(name: str, value: Any, hint: Any, low: float | None, high: float | None) -> None:
     """Raise ConfigError unless the value is of the hinted type and in [low, high]."""
     options = [a for h in (get_args(hint) if get_origin(hint) is not Literal else (hint,)) for a in get_args(h)]
+    kinds = tuple(t for t in (hint, *get_args(hint)) if t in (bool, int, float))
+    wanted = " or ".join([t.__name__ for t in kinds] + [repr(o) for o in options])
     if isinstance(value, str):
         if value not in options:
-            allowed = f"one of {', '.join(map(repr, options))}" if options else f"a {getattr(hint, '__name__', hint)}"
+            allowed = wanted if kinds else f"one of {', '.join(map(repr, options))}"
             raise ConfigError(f"{name}={value!r} must be {allowed}{nearest(value, options)}")
         return
-    kinds = tuple(t for t in (hint, *get_args(hint)) if t in (bool, int, float))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     fits_number = is_number and (float in kinds or (int in kinds and isinstance(value, int)))
     fits = fits_number or (bool in kinds and isinstance(value, bool))
     if not fits:
-        wanted = " or ".join([t.__name__ for t in kinds] + [repr(o) for o in options])
         raise ConfigError(f"{name}={value!r} must be {wanted}")
     if is_number and not (math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)):
         raise ConfigError(f"{name}={value!r} must lie in [{low}, {'inf' if high is None else high}]")

@@ -42,6 +42,7 @@ class Sizes:
     n_features: int  # F
     n_labels: int  # K
     n_buckets: int  # B
+    hidden: int  # D
     features: Features
     labels_a_sample: float  # mean over the training samples
 
@@ -79,7 +80,7 @@ def initial_parameters(
     head's, which start where an output that is positive as seldom as buckets are on average belongs: otherwise most of the
     training goes into learning that almost every bucket is negative.
     """
-    F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
+    F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, sizes.hidden
 
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).to(dtype)

@@ -623,7 +623,7 @@ def test_compare_bad_input(fails, tiny, text, tmp_path):
 
 def test_inspect(works, run, tmp_path):
     lines = works("inspect", run).splitlines()
-    assert lines[0] == f"{run}: hashed table, 40 labels, 13 buckets, 50 features"
+    assert lines[0] == f"{run}: hashed table, 40 labels, 13 buckets, width 8, 50 features"
     assert "buckets=13, repetitions=2, seed=0, hidden=8" in lines[1]
     told = r"525 parameters, \d+\.\d s of training, [\d.]+ [MG]B of memory at most"
     assert all(re.fullmatch(f"repetition {r}: {told}", lines[2 + r]) for r in (0, 1))
@@ -725,6 +725,9 @@ def test_plan_counts_the_second_stage_where_samples_are_known(works, fails):
     assert "second stage, which orders the first labels anew; give --samples to count it, too" in works(*args)
     out = works(*args, "--samples", "1m", "--labels-a-sample", "4.5")
     rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()[4:]}
+    assert out.startswith("10,000 labels: --buckets 1024 --repetitions 8 --hidden 512\n")
+    few = works(*args, "--samples", "10k"), works(*args, "--samples", "10k", "--hidden", "300")
+    assert [text.partition("\n")[0].rpartition(" ")[2] for text in few] == ["256", "300"]
     assert "give --samples" not in out and rows["bytes at the peak"][0] == rows["second stage, peak bytes"][0]
     second = json.loads(works(*args, "--samples", "1m", "--labels-a-sample", "4.5", "--json"))["forecast"]["hashed"]["second"]
     assert rows["second stage, parameters"] == [f"{second['parameters']:,}", "0"] and second["disk_bytes"] > 100 * 10**6

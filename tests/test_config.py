@@ -85,7 +85,7 @@ def test_equal_settings_are_written_alike(number):
         ({"hidden": 0}, r"hidden=0 must lie in \[1, inf\]"),
         ({"buckets": 1}, r"buckets=1 must lie in \[2, inf\]"),
         ({"buckets": 2.5}, r"buckets=2\.5 must be int or 'auto'"),
-        ({"buckets": "all"}, r"buckets='all' must be one of 'auto'"),
+        ({"buckets": "all"}, r"buckets='all' must be int or 'auto'"),
         ({"buckets": True}, r"buckets=True must be int or 'auto'"),
         ({"layers": 65}, r"layers=65 must lie in \[0, 64\]"),
         ({"dropout": 1.0}, r"dropout=1\.0 must lie in \[0, 0\.99\]"),
@@ -96,9 +96,9 @@ def test_equal_settings_are_written_alike(number):
         ({"learning_rate": None}, r"learning_rate=None must be float"),
         ({"seed": -1}, r"seed=-1 must lie in \[0, 9223372036854775807\]"),
         ({"seed": 2**63}, r"seed=9223372036854775808 must lie in"),
-        ({"hidden": "64"}, r"hidden='64' must be an? int"),
+        ({"hidden": "64"}, r"hidden='64' must be int or 'auto'"),
         ({"normalize": 1}, r"normalize=1 must be bool"),
-        ({"normalize": "yes"}, r"normalize='yes' must be a bool"),
+        ({"normalize": "yes"}, r"normalize='yes' must be bool"),
         ({"loss": 3}, r"loss=3 must be 'logistic' or 'softmax' or 'squared-hinge'"),
         (
             {"loss": "softmx"},
@@ -111,7 +111,7 @@ def test_equal_settings_are_written_alike(number):
         ),
         ({"head_optimizer": "adam"}, r"head_optimizer='adam' must be one of 'adamw', 'sgd', 'rowwise-adagrad', 'rowwise-adam'"),
         ({"head_learning_rate": -1}, r"head_learning_rate=-1 must lie in \[0, inf\]"),
-        ({"head_learning_rate": "fast"}, r"head_learning_rate='fast' must be one of 'auto'"),
+        ({"head_learning_rate": "fast"}, r"head_learning_rate='fast' must be float or 'auto'"),
         ({"head_weight_decay": None}, r"head_weight_decay=None must be float or 'auto'"),
         ({"compensated": 1.5, "head_precision": "bfloat16"}, r"compensated=1\.5 must lie in \[0, 1\]"),
         ({"compensated": 0.5}, r"compensated=0\.5 needs head_precision='bfloat16', got 'float32': set that, or compensated=0"),
@@ -192,6 +192,13 @@ def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive_or_s
     assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_samples, n_outputs, labels) == Rates(
         pytest.approx(rate), 2, 0.5
     )
+
+
+def test_the_hidden_vector_is_narrower_where_samples_are_few():
+    """Not that of a full head, whose one encoder has to know everything."""
+    assert [Config().n_hidden(n) for n in (1, 49_999, 50_000, 10**9)] == [256, 256, 512, 512]
+    assert [Config(table="identity").n_hidden(n) for n in (1, 10**9)] == [512, 512]
+    assert [Config(hidden=8, table=table).n_hidden(n) for table in ("hashed", "identity") for n in (1, 10**9)] == [8] * 4
 
 
 def test_a_share_is_dropped_where_samples_are_few():

@@ -205,7 +205,7 @@ def test_the_sum_of_logits_is_what_the_buckets_say(trained, tiny):
 
 
 def test_packed_and_single_give_the_same_outputs():
-    sizes = Sizes(n_features=6, n_labels=20, n_buckets=5, features="dense", labels_a_sample=1.0)
+    sizes = Sizes(n_features=6, n_labels=20, n_buckets=5, hidden=4, features="dense", labels_a_sample=1.0)
     config = Config(hidden=4, layers=1)
     each = [initial_parameters(config, sizes, torch.Generator().manual_seed(r), torch.float64) for r in range(3)]
     X = model_module.make_batch(np.random.default_rng(0).normal(size=(7, 6)), normalize=True, device=CPU, dtype=torch.float64)
@@ -218,7 +218,8 @@ def test_packed_and_single_give_the_same_outputs():
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_lone_repetition_is_packed_and_handed_out_without_a_copy(largest, n):
     """As the full head is, whose weights are most of what its training takes."""
-    sizes, config = Sizes(n_features=6, n_labels=9, n_buckets=5, features="sparse", labels_a_sample=1.0), Config(hidden=4)
+    sizes = Sizes(n_features=6, n_labels=9, n_buckets=5, hidden=4, features="sparse", labels_a_sample=1.0)
+    config = Config(hidden=4)
     drawn = [initial_parameters(config, sizes, torch.Generator().manual_seed(r), torch.float32) for r in range(n)]
     with largest:
         packed = Packed.join(iter(drawn), n, config=config, features="sparse", device=CPU)
@@ -231,7 +232,7 @@ def test_a_lone_repetition_is_packed_and_handed_out_without_a_copy(largest, n):
 
 def test_initial_weights_are_frozen():
     """Repetitions added later, elsewhere, must begin as if they had been trained here."""
-    sizes = Sizes(n_features=3, n_labels=8, n_buckets=4, features="sparse", labels_a_sample=0.4)
+    sizes = Sizes(n_features=3, n_labels=8, n_buckets=4, hidden=2, features="sparse", labels_a_sample=0.4)
     found = initial_parameters(Config(hidden=2, layers=1), sizes, torch.Generator().manual_seed(1), torch.float32)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "input.weight": (3, 2), "input.bias": (2,), "layers.0.weight": (2, 2), "layers.0.bias": (2,),
@@ -281,7 +282,7 @@ def test_features_are_hashed_the_same_in_training_and_prediction(tiny, tmp_path)
 
 
 def test_the_hash_of_features_is_frozen_and_not_that_of_labels():
-    sizes = Sizes(n_features=1000, n_labels=1000, n_buckets=64, features="sparse", labels_a_sample=1.0)
+    sizes = Sizes(n_features=1000, n_labels=1000, n_buckets=64, hidden=512, features="sparse", labels_a_sample=1.0)
     found = feature_buckets(Config(feature_buckets=64), sizes, (0, 5))
     assert found[:, [0, 1, 999]].tolist() == [[16, 0, 7], [29, 15, 3]]
     labels = LabelTable.hashed(1000, 64, repetitions=(0, 5)).array()
@@ -293,7 +294,7 @@ def test_the_hash_of_features_is_frozen_and_not_that_of_labels():
     [("sparse", 1, r"0, or lie in \[2, 6\], the features"), ("sparse", 7, r"0, or lie in \[2, 6\]"), ("dense", 3, "0 for dense")],
 )
 def test_features_that_cannot_be_hashed_are_refused(features, n, allowed):
-    sizes = Sizes(n_features=6, n_labels=20, n_buckets=5, features=features, labels_a_sample=1.0)
+    sizes = Sizes(n_features=6, n_labels=20, n_buckets=5, hidden=512, features=features, labels_a_sample=1.0)
     with pytest.raises(ConfigError, match=f"feature_buckets={n} must be {allowed}"):
         feature_buckets(Config(feature_buckets=n), sizes, (0,))
 

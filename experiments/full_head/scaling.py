@@ -70,7 +70,7 @@ def work(args: argparse.Namespace) -> None:
     for record in islice(group.steps(lambda r: None), args.steps):
         place = (record.step - 1) % group.steps_per_epoch
         n = min(config.batch_size, group.n_samples - place * config.batch_size)
-        predicted += sum(step_bytes(config, n, comm.rank, comm.size, want_loss=record.loss is not None).values())
+        predicted += sum(step_bytes(config, args.hidden, n, comm.rank, comm.size, want_loss=record.loss is not None).values())
         if record.loss is not None:
             losses.append((record.step, record.loss))
     comm.barrier()

@@ -36,7 +36,8 @@ WAYS = {  # products in, input rows in
     "bfloat16, bfloat16": {"precision": "bfloat16"},
 }
 CPU = torch.device("cpu")
-CONFIG = Config(buckets=1024, repetitions=R)
+D = 512
+CONFIG = Config(buckets=1024, repetitions=R, hidden=D)
 
 
 def packed_s(
@@ -62,7 +63,7 @@ def plain_s(data: str, n_threads: int, n_steps: int) -> float:
     """Train one repetition with EmbeddingBag, dense targets and Adam over everything; give the seconds of a step."""
     torch.set_num_threads(n_threads)
     dataset = mach.Dataset.open(data)
-    split, D = dataset.split("train"), CONFIG.hidden
+    split = dataset.split("train")
     table = torch.from_numpy(LabelTable.hashed(dataset.n_labels, 1024, 1).array()[0].astype(np.int64))
     bag = torch.nn.EmbeddingBag(dataset.n_features, D, mode="sum")
     rest = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Dropout(CONFIG.share_dropped(split.n_samples)), torch.nn.Linear(D, 1024))
@@ -94,7 +95,7 @@ def plain_s(data: str, n_threads: int, n_steps: int) -> float:
 def products_s(dtype: torch.dtype, n_threads: int) -> float:
     """Time the three products of a step alone, R of each in one call; give their seconds."""
     torch.set_num_threads(n_threads)
-    N, B, D = CONFIG.batch_size, 1024, CONFIG.hidden
+    N, B = CONFIG.batch_size, 1024
     hidden, weight, z = (torch.randn(shape).to(dtype) for shape in ((R, N, D), (R, B, D), (R, N, B)))
     gradient = torch.empty_like(weight)
     best = float("inf")
@@ -112,7 +113,7 @@ def rows_s(data: str, dtype: torch.dtype, n_threads: int) -> float:
     torch.set_num_threads(n_threads)
     split = mach.Dataset.open(data).split("train")
     rng, best = np.random.default_rng(0), float("inf")
-    weight = array_of(torch.zeros(split.features.n_columns, R * CONFIG.hidden, dtype=dtype))
+    weight = array_of(torch.zeros(split.features.n_columns, R * D, dtype=dtype))
     for _ in range(10):
         features = np.unique(take(split.features, np.sort(rng.choice(split.n_samples, CONFIG.batch_size, False))).indices)
         parts = np.array_split(features, 8 * n_threads)
@@ -185,7 +186,7 @@ def measure(data: str, n_steps: int) -> None:
     for way, by_part in parts.items():
         products, rows = (getattr(torch, name) for name in way.split(", "))
         bare, seconds = products_s(products, n_threads), R * CONFIG.batch_size / best[f"packed; products, rows in {way}"]
-        rate = f"{3 * 2 * R * CONFIG.batch_size * 1024 * CONFIG.hidden / bare / 1e9:.0f} GFLOP/s"
+        rate = f"{3 * 2 * R * CONFIG.batch_size * 1024 * D / bare / 1e9:.0f} GFLOP/s"
         listed = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in sorted(by_part.items(), key=lambda item: -item[1]) if s > 1e-4)
         cells = way, f"{1e3 * seconds:.1f}", f"{1e3 * bare:.1f} ({rate})", f"{bare / seconds:.0%}"
         print(f"| {' | '.join(cells)} | {1e3 * rows_s(data, rows, n_threads):.1f} | {listed} |")

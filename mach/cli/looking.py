@@ -35,7 +35,7 @@ def _inspect(args: argparse.Namespace) -> None:
         probabilities = None if calibration is None else {"of": calibration.of, "measured": calibration.measured}
         return say_json({**told, "reranker": reranker_record(run.path), "calibration": probabilities})
     sizes, config = run.sizes, run.config
-    counts = f"{sizes.n_labels:,} labels, {sizes.n_buckets:,} buckets, {sizes.n_features:,} features"
+    counts = f"{sizes.n_labels:,} labels, {sizes.n_buckets:,} buckets, width {sizes.hidden:,}, {sizes.n_features:,} features"
     say(f"{args.model}: {config.table} table, {counts}")
     say(", ".join(f"{name}={value}" for name, value in config.to_dict().items()))
     for r in sorted({*records, *problems}):

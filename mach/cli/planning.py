@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mach.cli.arguments import Command, count
 from mach.cli.printing import say, say_json
-from mach.config import Config
+from mach.config import MANY_SAMPLES, Config
 from mach.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=count, help="N, training samples, to count the second stage, too; needs --features")
     parser.add_argument("--labels-a-sample", type=float, default=1.0, help="that a training sample has on average (default 1)")
     parser.add_argument("--memory", type=count, help="for training, such as 8G or 8GiB")
-    parser.add_argument("--hidden", type=int, default=512, help="D, the widest hidden vector to propose (default 512)")
+    parser.add_argument("--hidden", type=int, help="D, the widest hidden vector to propose (default as of `mach train`)")
     parser.add_argument(
         "--delta", type=float, default=0.01, help="allowed chance that two labels share all buckets (default 0.01)"
     )
@@ -36,7 +36,8 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from mach.hashing.bounds import propose
 
-    plan = propose(args.labels, args.features, args.memory, args.delta, args.hidden, args.active_features)
+    hidden = Config().n_hidden(args.samples or MANY_SAMPLES) if args.hidden is None else args.hidden
+    plan = propose(args.labels, args.features, args.memory, args.delta, hidden, args.active_features)
     rates, products, forecasts = _forecasts(args, plan)
     if args.json:
         each = {name: asdict(found) for name, found in forecasts.items()}
@@ -93,6 +94,7 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
             n_features=args.features or 0,
             n_labels=plan.n_labels,
             n_buckets=config.n_buckets(plan.n_labels),
+            hidden=plan.hidden,
             features="sparse",
             labels_a_sample=args.labels_a_sample,
         )

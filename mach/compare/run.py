@@ -140,7 +140,7 @@ def _measure(
     metrics, predict_s, decode_s = measure(model, dataset)
     return Row(
         name=named.name,
-        config=run.config.to_dict() | {"buckets": run.sizes.n_buckets, "repetitions": len(records)},
+        config=run.config.to_dict() | {"buckets": run.sizes.n_buckets, "repetitions": len(records), "hidden": run.sizes.hidden},
         metrics=metrics,
         train_s=sum(record["train_s"] for record in trained),
         parameters=sum(record["parameters"] for record in trained),

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mach.config import Config
+from mach.config import WIDTH, Config
 from mach.errors import ConfigError
 from mach.hashing.families import MAX_LABELS
 from mach.hashing.table import table_bytes
@@ -165,7 +165,7 @@ def propose(
     n_features: int | None = None,
     memory_bytes: int | None = None,
     delta: float = 0.01,
-    hidden: int = DEFAULTS.hidden,
+    hidden: int = WIDTH,
     active_features: int | None = None,
 ) -> Plan:
     """Propose B, R and D for K labels, so that training all repetitions at once fits a memory budget.

@@ -75,7 +75,7 @@ def step_seconds(
 
     Args: n, of R. active_features, how many a sample has on average; by default all F.
     """
-    N, D, B = config.batch_size, config.hidden, sizes.n_buckets
+    N, D, B = config.batch_size, sizes.hidden, sizes.n_buckets
     F = config.feature_buckets or sizes.n_features
     active = min(F, F if active_features is None else active_features)
     width, row = products.itemsize, resolve_rows(config, sizes.features, products).itemsize

@@ -38,7 +38,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     buckets takes in one that tells its loss, and the row gradients of a block. Before all these, if buckets are learnt, what they
     are learnt from: that is most where labels are many and a repetition is small.
     """
-    F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, config.hidden
+    F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, sizes.hidden
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
     one = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config,
@@ -59,7 +59,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
 
 def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:
     """Estimate what comes and goes with a step of n repetitions: hidden vectors of a batch, and what a chunk of buckets takes."""
-    B, D, N = sizes.n_buckets, config.hidden, config.batch_size
+    B, D, N = sizes.n_buckets, sizes.hidden, config.batch_size
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
     hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
     budget, samples = config.head_memory << 20 or linear.CHUNK_BYTES[device.type], config.head_batch_size or N
@@ -100,11 +100,11 @@ def _lower(config: Config, sizes: Sizes) -> dict[str, Any]:
     values: dict[str, Any] = {
         "head_precision": "float8",
         "head_optimizer": "sgd",
-        "hidden": max(1, config.hidden // 2),
+        "hidden": max(1, sizes.hidden // 2),
         "batch_size": max(1, config.batch_size // 2),
     }
     if config.table == "identity" and not config.bottleneck:
-        values["bottleneck"] = min(64, config.hidden // 2)
+        values["bottleneck"] = min(64, sizes.hidden // 2)
     if config.table == "hashed":
         values["buckets"] = max(2, sizes.n_buckets // 2)
     if sizes.features == "sparse":
@@ -117,7 +117,8 @@ def _changed(config: Config, sizes: Sizes, name: str, value: Any) -> tuple[Confi
     if name == "batch_size":
         other["head_batch_size"] = min(config.head_batch_size, value)
     changed = config.replace(**{name: value}, **other)
-    return changed, replace(sizes, n_buckets=value) if name == "buckets" else sizes
+    decided = {"buckets": "n_buckets", "hidden": "hidden"}.get(name)
+    return changed, replace(sizes, **{decided: value}) if decided else sizes
 
 
 def _gib(n_bytes: int) -> str:

@@ -42,7 +42,7 @@ def disk_bytes(
         n_labels=sizes.n_labels,
         n_buckets=sizes.n_buckets,
         n_repetitions=1,
-        hidden=config.hidden,
+        hidden=sizes.hidden,
         n_features=config.feature_buckets or sizes.n_features,
         layers=config.layers,
         settings=config,

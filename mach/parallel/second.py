@@ -110,7 +110,7 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
     R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
     products = resolve_precision(config.precision, CPU)
     model = ensemble_cost(
-        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=R, hidden=config.hidden, n_features=config.feature_buckets or F,
+        n_labels=sizes.n_labels, n_buckets=B, n_repetitions=R, hidden=sizes.hidden, n_features=config.feature_buckets or F,
         layers=config.layers, settings=config, input_bytes=resolve_rows(config, sizes.features, products).itemsize,
     )  # fmt: skip
     held = model.weight_bytes + (0 if is_full else model.table_bytes)  # the identity is not held

@@ -56,6 +56,7 @@ def sizes_of(config: Config, dataset: Dataset) -> Sizes:
         n_features=dataset.n_features,
         n_labels=dataset.n_labels,
         n_buckets=config.n_buckets(dataset.n_labels),
+        hidden=config.n_hidden(len(labels)),
         features="dense" if dense else "sparse",
         labels_a_sample=labels.nnz / max(1, len(labels)),
     )
@@ -135,7 +136,8 @@ class Run:
     @property
     def sizes(self) -> Sizes:
         """Give the sizes that the data decided."""
-        return Sizes(**self.manifest["sizes"])
+        earlier = {"hidden": self.manifest["config"]["hidden"]}  # versions left it out while settings alone decided it
+        return Sizes(**(earlier | self.manifest["sizes"]))
 
     def add(
         self, repetition: int, parameters: Mapping[str, Tensor], facts: Mapping[str, Any], table_K: np.ndarray | None = None

@@ -25,13 +25,14 @@ def reduced_bytes(n: int, size: int, item_bytes: int) -> int:
 
 
 def step_bytes(
-    config: Config, n_samples: int, rank: int, size: int, *, want_loss: bool, product_bytes: int = 4, sum_bytes: int = 4
-) -> dict[str, int]:
+    config: Config, hidden: int, n_samples: int, rank: int, size: int, *, want_loss: bool, product_bytes: int = 4,
+    sum_bytes: int = 4,
+) -> dict[str, int]:  # fmt: skip
     """Give the bytes that a rank sends in one step of N samples, by what they hold; K does not come into it.
 
-    Args: product_bytes, of a number of the products (2 for bfloat16); sum_bytes, of one of a sum.
+    Args: hidden, D; product_bytes, of a number of the products (2 for bfloat16); sum_bytes, of one of a sum.
     """
-    lengths, D = lengths_of(n_samples, size), config.hidden
+    lengths, D = lengths_of(n_samples, size), hidden
     V = config.bottleneck or D
     dense = D + config.layers * (D * D + D) + D * config.bottleneck + want_loss
     return {

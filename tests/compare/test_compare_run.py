@@ -115,7 +115,7 @@ def test_it_trains_measures_and_reports(tiny, tmp_path, here):
         assert row.parts_s["head forward"] > 0 and 0 < sum(row.time_by_part.values()) <= row.train_s + 0.01
         assert row.predict_s >= row.decode_s > 0 and row.n_test == 60
         assert (row.config["table"], row.config["buckets"]) == (run.config.table, n_buckets)
-        assert row.config["repetitions"] == n_repetitions
+        assert (row.config["repetitions"], row.config["hidden"]) == (n_repetitions, 8)
     assert [[n for n, _ in row.by_repetitions] for row in rows] == [[1, 2, 3], []]
     assert rows[0].by_repetitions[-1][1]["P@1"] == rows[0].metrics["P@1"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())

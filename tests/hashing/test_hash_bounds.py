@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mach.config import Config
+from mach.config import WIDTH, Config
 from mach.errors import ConfigError
 from mach.hashing import LabelTable
 from mach.hashing.bounds import (
@@ -87,9 +87,7 @@ def test_costs_by_hand():
 
 def test_plan_without_a_budget_is_the_configuration():
     plan = propose(235_000, 130_000)
-    assert (
-        (plan.n_buckets, plan.n_repetitions, plan.hidden) == (Config().n_buckets(235_000), 8, Config().hidden) == (4096, 8, 512)
-    )
+    assert (plan.n_buckets, plan.n_repetitions, plan.hidden) == (Config().n_buckets(235_000), 8, WIDTH) == (4096, 8, 512)
     assert plan.hashed == ensemble_cost(n_labels=235_000, n_buckets=4096, n_repetitions=8, hidden=512, n_features=130_000)
     assert plan.full == full_cost(n_labels=235_000, hidden=512, n_features=130_000)
     assert plan.failure_probability == failure_probability(235_000, 4096, 8)

@@ -24,7 +24,7 @@ from mach.train.checkpoint import checkpoint_path, leftover_checkpoints, read_pr
 from mach.train.log import log_path, read_log
 
 CPU = torch.device("cpu")
-SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=2.0)
+SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, hidden=32, features="sparse", labels_a_sample=2.0)
 CONFIG = Config(
     buckets=13, repetitions=4, hidden=9, layers=1, dropout=0.3, batch_size=50, epochs=2, precision="float32"
 )  # 8 steps
@@ -64,7 +64,7 @@ def test_the_settings_of_the_head_are_counted_by_hand():
     size = resolve_precision("float8", CPU).itemsize
     plain = group_bytes(config.replace(precision="bfloat16" if size == 2 else "float32"), SIZES, 3, device=CPU)
     assert group_bytes(in_float8, SIZES, 3, device=CPU) == plain + 3 * 4 * 8 * (1 + size)
-    many = Sizes(n_features=1000, n_labels=10**6, n_buckets=10**6, features="sparse", labels_a_sample=1.0)
+    many = Sizes(n_features=1000, n_labels=10**6, n_buckets=10**6, hidden=32, features="sparse", labels_a_sample=1.0)
     full = config.replace(table="identity", head_precision="bfloat16", head_batch_size=0)
     of_memory = [group_bytes(full.replace(head_memory=MiB), many, 1, device=CPU) for MiB in (0, 64, 128)]
     assert of_memory[0] == of_memory[1] == of_memory[2] - (64 << 20)
@@ -97,7 +97,7 @@ def test_the_identity_table_is_not_held():
 def test_hashed_features_count_as_rows():
     config = Config(input_precision="float32")
     full, hashed = (group_bytes(config.replace(feature_buckets=n), SIZES, 8, device=CPU) for n in (0, 100))
-    assert full - hashed == 8 * 900 * (512 * 4 + 4) + 900 * 512 * 4
+    assert full - hashed == 8 * 900 * (32 * 4 + 4) + 900 * 32 * 4
 
 
 @pytest.mark.parametrize(("limit", "left"), [("max", None), ("1000", 300), ("600", 0)])
@@ -231,7 +231,7 @@ def test_which_checkpoints_no_longer_count():
 
 
 def test_what_to_lower_says_how_much_each_setting_saves():
-    sizes = Sizes(n_features=10**6, n_labels=10**6, n_buckets=10**6, features="sparse", labels_a_sample=1.0)
+    sizes = Sizes(n_features=10**6, n_labels=10**6, n_buckets=10**6, hidden=512, features="sparse", labels_a_sample=1.0)
     config = Config(table="identity", head_precision="float32", head_optimizer="adamw", precision="float32", batch_size=64)
     text = memory.what_to_lower(config, sizes, CPU)
     now, _, less = text.partition("; with one of these settings less: ")
@@ -242,7 +242,8 @@ def test_what_to_lower_says_how_much_each_setting_saves():
     for change, said in changes.items():
         name, _, value = change.partition("=")
         other = config.replace(**{name: int(value) if value.isdigit() else value})
-        assert float(said) == pytest.approx(group_bytes(other, sizes, 1, device=CPU) / 2**30, abs=0.006) and float(said) < gib
+        less = dataclasses.replace(sizes, hidden=other.n_hidden(10**6))
+        assert float(said) == pytest.approx(group_bytes(other, less, 1, device=CPU) / 2**30, abs=0.006) and float(said) < gib
     assert {change.partition("=")[0] for change in changes} == {
         "head_precision", "head_optimizer", "hidden", "bottleneck", "feature_buckets"
     }  # fmt: skip
@@ -251,7 +252,7 @@ def test_what_to_lower_says_how_much_each_setting_saves():
 
 
 def test_settings_that_bear_on_each_other_are_lowered_together():
-    sizes = Sizes(n_features=10, n_labels=10**6, n_buckets=10**6, features="dense", labels_a_sample=1.0)
+    sizes = Sizes(n_features=10, n_labels=10**6, n_buckets=10**6, hidden=512, features="dense", labels_a_sample=1.0)
     config = Config(table="identity", compensated=0.5, batch_size=2048, head_batch_size=2048)
     found = memory.what_to_lower(config, sizes, CPU)  # float8 knows no compensation, and no batch is below the head's
     assert "head_precision=float8" in found and "feature_buckets" not in found

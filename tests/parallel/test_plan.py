@@ -11,7 +11,7 @@ from mach.model import Sizes
 from mach.parallel.plan import plan_groups
 
 numbers = st.lists(st.integers(0, 40), max_size=20)
-SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=1.0)
+SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, hidden=32, features="sparse", labels_a_sample=1.0)
 
 
 @given(numbers, st.sets(st.integers(0, 40)), st.integers(1, 9), st.integers(1, 9))

@@ -20,7 +20,7 @@ from mach.parallel.second import CPU, LATER_BYTES, THREAD_BYTES, Samples, n_weig
 from mach.store import Run
 from mach.store.reranker import reranker_record
 
-SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, features="sparse", labels_a_sample=1.5)
+SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, hidden=32, features="sparse", labels_a_sample=1.5)
 SAMPLES = Samples(n=10_000, features=12.0)
 CONFIG = Config(hidden=32, repetitions=3, input_precision="float32", rerank_cost=0.2, rerank_weight=1.0)
 

@@ -60,7 +60,7 @@ def test_the_layout_is_frozen(trained, tiny):
     ]  # fmt: skip
     assert (manifest["format"], manifest["repetitions"], manifest["files"]) == (1, 3, {})
     assert manifest["sizes"] == {
-        "n_features": 50, "n_labels": 40, "n_buckets": 13, "features": "sparse", "labels_a_sample": 1.915
+        "n_features": 50, "n_labels": 40, "n_buckets": 13, "hidden": 9, "features": "sparse", "labels_a_sample": 1.915
     }  # fmt: skip
     assert manifest["data"] == tiny.fingerprint
     assert set(manifest["config"]) == set(CONFIG.to_dict()) - {"repetitions"}
@@ -368,6 +368,20 @@ def test_a_run_of_another_hash_is_refused(run, tiny):
     run._write_manifest(manifest)
     with pytest.raises(ModelError, match=r"the label table has fingerprint .*read it with the version of mach"):
         load(run.path, device="cpu")
+
+
+@pytest.mark.parametrize(("table", "width"), [("hashed", 256), ("identity", 512)])
+def test_the_data_decide_the_width(tiny, tmp_path, table, width):
+    model = train(Config(table=table, buckets=13, repetitions=1, epochs=1), tiny, tmp_path / "run", device="cpu")
+    assert model.sizes.hidden == width and model.repetitions[0].parameters["input.weight"].shape[-1] == width
+
+
+def test_a_run_of_before_widths_were_decided_by_the_data_is_read(run):
+    """Its width is in its settings alone."""
+    manifest = dict(run.manifest)
+    manifest["sizes"] = {name: value for name, value in manifest["sizes"].items() if name != "hidden"}
+    earlier = run._write_manifest(manifest)
+    assert earlier.sizes == run.sizes and load(run.path, device="cpu").sizes.hidden == 9
 
 
 @given(st.sets(st.integers(0, 300), min_size=1, max_size=20))

@@ -164,7 +164,7 @@ def test_each_step_of_the_head_has_the_next_number_and_the_rule(tiny, monkeypatc
 def test_initial_weights_are_those_of_float32_rounded(monkeypatch):
     """Drawn in runs, they are the numbers of one drawing."""
     monkeypatch.setattr("mach.heads.shard.DRAWN", 48)
-    sizes = Sizes(n_features=7, n_labels=30, n_buckets=30, features="sparse", labels_a_sample=1.0)
+    sizes = Sizes(n_features=7, n_labels=30, n_buckets=30, hidden=32, features="sparse", labels_a_sample=1.0)
     drawn = {}
     for precision in ("float32", "bfloat16", "float8"):
         generator = torch.Generator().manual_seed(5)

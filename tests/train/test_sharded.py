@@ -213,7 +213,7 @@ def test_the_bytes_of_a_step_are_those_predicted(ranks, tiny, changes, size):
     for rank, steps in enumerate(ranks(size, lambda comm: list(count(comm)))):
         assert len(steps) == 6
         for record, sent in steps:
-            parts = step_bytes(config, 33, rank, size, want_loss=record.loss is not None, product_bytes=product_bytes)
+            parts = step_bytes(config, 16, 33, rank, size, want_loss=record.loss is not None, product_bytes=product_bytes)
             gathered = ("hidden vectors", "log-sum-exp", "gradient of z")
             assert sent["all_gather"] == sum(parts[name] for name in gathered)
             assert sent["reduce_scatter"] == parts["their gradient"] and sent["all_reduce"] == parts["dense gradients"]

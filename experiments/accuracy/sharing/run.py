@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=mach.Config().epochs)
-    parser.add_argument("--hidden", type=int, default=mach.Config().hidden)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))

@@ -2,12 +2,13 @@
 
     python experiments/accuracy/table/run.py DATA [DATA ...] --out runs/accuracy [--heads ours,full] [--seeds 0,1,2] [--dev alike]
 
-DATA are folders of XC-repository text with train.txt, test.txt and perhaps dev.txt. "ours" is `mach train` without flags;
-"published" the same hashed at random and without its second stage, which is MACH as its authors have it: where ours is hashed at
-random, that is measured with it, else it is to be asked for; "half" ours with four repetitions; "narrow" ours of half the width,
-"quick" both; "full" the full head; "quarter" ours with a quarter of the full head's outputs in all. With --dev alike, a twentieth
-of train, whole groups of look-alikes, is held out to choose cost and weight of the second stage by, as for a test split drawn in
-groups. Prints a Markdown table of the test split. A second call trains only what is left.
+DATA are folders of XC-repository text with train.txt, test.txt and perhaps dev.txt. "ours" is `mach train` without flags, but for
+rows of the input layer in bfloat16 also where that is not the default, so that sizes are the same everywhere; "published" the
+same hashed at random and without its second stage, which is MACH as its authors have it: where ours is hashed at random, that is
+measured with it, else it is to be asked for; "half" ours with four repetitions; "wide" ours of the full head's width, which is
+another where samples are few; "full" the full head; "quarter" ours with a quarter of the full head's output parameters in all.
+With --dev alike, a twentieth of train, whole groups of look-alikes, is held out to choose cost and weight of the second stage by,
+as for a test split drawn in groups. Prints a Markdown table of the test split. A second call trains only what is left.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from mach.store.reranker import reranker_record
 METRICS = (("P@1", "P@3", "P@5"), ("PSP@1", "PSP@3", "PSP@5"), ("R@10",), ("R@100",))
 
 
-def configurations(n_labels: int, seed: int) -> dict[str, mach.Config]:
-    ours = mach.Config(seed=seed)
+def configurations(n_labels: int, n_samples: int, seed: int) -> dict[str, mach.Config]:
+    ours = mach.Config(seed=seed, input_precision="bfloat16")
+    full = ours.replace(table="identity")
+    quarter = n_labels * full.n_hidden(n_samples) // (4 * ours.repetitions * ours.n_hidden(n_samples))
     return {
         "ours": ours,
         "published": ours.replace(grouped=0, rerank=0),
         "half": ours.replace(repetitions=4),
-        "narrow": ours.replace(hidden=ours.hidden // 2),
-        "quick": ours.replace(hidden=ours.hidden // 2, repetitions=4),
-        "full": ours.replace(table="identity"),
-        "quarter": ours.replace(buckets=max(2, n_labels // 4 // ours.repetitions)),
+        "wide": ours.replace(hidden=full.n_hidden(n_samples)),
+        "full": full,
+        "quarter": ours.replace(buckets=max(2, quarter)),
     }
 
 
@@ -80,7 +82,7 @@ def main() -> None:
             name = f"{name}-{args.dev}"
             dataset = split_dev(dataset, args.out / f"{name}.data", share=0.05, by=args.dev)
         for seed in map(int, args.seeds.split(",")):
-            known = configurations(dataset.n_labels, seed)
+            known = configurations(dataset.n_labels, dataset.split("train").n_samples, seed)
             named = [Named(head, known[head]) for head in args.heads.split(",")]
             out = args.out / f"{name}-{seed}"
             for row in compare(dataset, out, named):

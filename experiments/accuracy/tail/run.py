@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=mach.Config().repetitions)
-    parser.add_argument("--hidden", type=int, default=mach.Config().hidden)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--quick", action="store_true", help="train no ensemble on names")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
