@@ -18,7 +18,7 @@ import numpy as np
 
 from mach.draw import INK, LINE, MUTED, PALETTE
 
-HEADS = ("ours", "half", "narrow", "quick", "quarter", "published", "full")  # the others are peers
+HEADS = ("ours", "half", "wide", "quarter", "published", "full")  # the others are peers
 DRAWN = {"ours": (PALETTE[0], "o"), "half": (PALETTE[5], "o"), "published": (PALETTE[4], "D"), "full": (MUTED, "s")}
 KS = (1, 3, 5)
 LINEAR = 3  # points; beyond, the axis is logarithmic
