@@ -242,8 +242,8 @@ def test_what_to_lower_says_how_much_each_setting_saves():
     for change, said in changes.items():
         name, _, value = change.partition("=")
         other = config.replace(**{name: int(value) if value.isdigit() else value})
-        less = dataclasses.replace(sizes, hidden=other.n_hidden(10**6))
-        assert float(said) == pytest.approx(group_bytes(other, less, 1, device=CPU) / 2**30, abs=0.006) and float(said) < gib
+        lower = dataclasses.replace(sizes, hidden=other.n_hidden(10**6))
+        assert float(said) == pytest.approx(group_bytes(other, lower, 1, device=CPU) / 2**30, abs=0.006) and float(said) < gib
     assert {change.partition("=")[0] for change in changes} == {
         "head_precision", "head_optimizer", "hidden", "bottleneck", "feature_buckets"
     }  # fmt: skip
