@@ -26,8 +26,8 @@ from mach.train.loop import held_out_rows
 
 CHANGES = (
     "epochs=6,learning_rate=0.002,input_learning_rate=0.03", "epochs=3", "epochs=10", "repetitions=4", "repetitions=16",
-    "dropout=0.1", "dropout=0.5", "hidden=256", "hidden=512", "hidden=1024", "layers=1", "batch_size=128", "loss=squared-hinge", "loss=softmax",
-    "head_optimizer=rowwise-adam", "weight_decay=0.01", "normalize=false", "grouped=0.5",
+    "dropout=0.1", "dropout=0.5", "hidden=256", "hidden=512", "hidden=1024", "layers=1", "batch_size=128", "loss=squared-hinge",
+    "loss=softmax", "head_optimizer=rowwise-adam", "weight_decay=0.01", "normalize=false", "grouped=0.5",
 )  # fmt: skip
 
 
