@@ -96,6 +96,11 @@ def test_a_file_that_says_no_comparison_is_refused(tmp_path, text, words):
         read_configurations(put(tmp_path / "c.toml", text))
 
 
+def test_what_the_data_decided_is_told(tiny, tmp_path, here):
+    (row,) = compare(tiny, tmp_path / "out", [Named("auto", Config(repetitions=1, epochs=1))], device="cpu", say=list)
+    assert (row.config["hidden"], row.config["buckets"]) == (256, 40)
+
+
 def test_it_trains_measures_and_reports(tiny, tmp_path, here):
     said = []
     rows = compare(tiny, tmp_path / "out", [HASHED, FULL], device="cpu", say=said.append)
