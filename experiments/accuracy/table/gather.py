@@ -18,8 +18,14 @@ import numpy as np
 
 from mach.draw import INK, LINE, MUTED, PALETTE
 
-HEADS = ("ours", "half", "wide", "quarter", "published", "full")  # the others are peers
-DRAWN = {"ours": (PALETTE[0], "o"), "half": (PALETTE[5], "o"), "published": (PALETTE[4], "D"), "full": (MUTED, "s")}
+HEADS = ("ours", "half", "wide", "quarter", "published", "full", "full-64")  # the others are peers
+DRAWN = {
+    "ours": (PALETTE[0], "o"),
+    "half": (PALETTE[5], "o"),
+    "published": (PALETTE[4], "D"),
+    "full": (MUTED, "s"),
+    "full-64": (MUTED, "^"),
+}
 KS = (1, 3, 5)
 LINEAR = 3  # points; beyond, the axis is logarithmic
 Cells = dict[tuple[str, str], list[list[str]]]  # (data, head) -> lines, each of its cells after the seed
