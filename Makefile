@@ -22,10 +22,10 @@ demo: $(VENV)/.installed
 	$(BIN)/mach ask runs/demo/hashed "Nueva York" "Londres" "ロンドン"
 
 test: $(VENV)/.installed
-	$(BIN)/pytest --hypothesis-profile=ci  # the same examples each time; test-all draws new ones
+	$(BIN)/pytest --hypothesis-profile=ci --numprocesses=auto --maxprocesses=4 --dist=worksteal  # the same examples each time
 
 test-all: $(VENV)/.installed
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest -m ''  # new examples, in one process: some measure memory
 
 $(HOROVOD_VENV)/.installed: pyproject.toml .ci/cxx17
 	$(PYTHON) -m venv $(HOROVOD_VENV)
