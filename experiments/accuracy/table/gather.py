@@ -76,7 +76,7 @@ def draw(found: Cells, datasets: list[str], path: Path) -> None:
             for head, (colour, marker) in reversed(DRAWN.items()):
                 if (data, head) in found:
                     ends.append(precisions(found, data, head)[i] - best)
-                    panel.plot(ends[-1], y, marker, color=colour, markersize=8, label=head if y == 0 else None, clip_on=False)
+                    panel.plot(ends[-1], y, marker, color=colour, markersize=8, label=head, clip_on=False)
         panel.set_xscale("symlog", linthresh=LINEAR)  # one set is ahead by as much as all others together
         panel.set_xlim(1.1 * min(ends) - 0.2, 1.1 * max(ends) + 0.2)
         panel.set_xticks([x for x in (*range(-LINEAR, LINEAR + 1), 10, 20) if min(ends) - 0.3 < x < max(ends) + 0.3])
