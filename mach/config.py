@@ -130,7 +130,7 @@ class Config:
     rerank: int | Literal["auto"] = _setting(
         AUTO,
         "best labels of a sample that sparse linear weights order anew, fitted once all repetitions are trained; 0: none; "
-        "auto: 20 for hashed tables over sparse features, but for squared-hinge",
+        "auto: 20 over sparse features, but for squared-hinge",
         0,
         1000,
     )
@@ -272,7 +272,7 @@ class Config:
         Raises: ConfigError if some are wanted over dense features.
         """
         if self.rerank == AUTO:
-            suits = self.table == "hashed" and self.loss != "squared-hinge"  # whose outputs a margin's default weight drowns
+            suits = self.loss != "squared-hinge"  # whose outputs a margin's default weight drowns
             return 20 if suits and features == "sparse" else 0
         if self.rerank and features == "dense":
             raise ConfigError(f"rerank={self.rerank} must be 0 or 'auto' over dense features")

@@ -729,8 +729,11 @@ def test_plan_counts_the_second_stage_where_samples_are_known(works, fails):
     few = works(*args, "--samples", "10k"), works(*args, "--samples", "10k", "--hidden", "300")
     assert [text.partition("\n")[0].rpartition(" ")[2] for text in few] == ["256", "300"]
     assert "give --samples" not in out and rows["bytes at the peak"][0] == rows["second stage, peak bytes"][0]
-    second = json.loads(works(*args, "--samples", "1m", "--labels-a-sample", "4.5", "--json"))["forecast"]["hashed"]["second"]
-    assert rows["second stage, parameters"] == [f"{second['parameters']:,}", "0"] and second["disk_bytes"] > 100 * 10**6
+    told = json.loads(works(*args, "--samples", "1m", "--labels-a-sample", "4.5", "--json"))["forecast"]
+    hashed, full = (told[head]["second"] for head in ("hashed", "full"))
+    assert rows["second stage, parameters"] == [f"{hashed['parameters']:,}", f"{full['parameters']:,}"]
+    assert rows["second stage, peak bytes"] == [f"{hashed['peak_bytes']:,}", f"{full['peak_bytes']:,}"]
+    assert hashed["disk_bytes"] == full["disk_bytes"] > 100 * 10**6
     fails("samples=5 needs --features: the second stage has weights of them", "plan", "--labels", "100", "--samples", "5")
     fails("labels_a_sample=0 must be above 0", *args, "--samples", "5", "--labels-a-sample", "0")
 

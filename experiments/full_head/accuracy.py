@@ -169,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
-    base = mach.Config(table="identity").replace(**dict(args.set))
+    base = mach.Config(table="identity", rerank=0).replace(**dict(args.set))
     rows, seeds = {name: settings for name, settings in ROWS.items() if not args.only or name in args.only}, args.seeds
     if args.quick:
         base, seeds = base.replace(hidden=32, epochs=1), seeds[:1]

@@ -79,7 +79,7 @@ def measure(path: Path, table: str, run: Path, hidden: int) -> None:
     """Train and predict one table on one part, each in a fresh process; print a row."""
     dataset = mach.Dataset.open(path)
     n_train, n_test = (dataset.split(name).n_samples for name in ("train", "test"))
-    config = mach.Config(table=table, hidden=hidden, epochs=1, grouped=0.0)
+    config = mach.Config(table=table, hidden=hidden, epochs=1, grouped=0.0, rerank="auto" if table == "hashed" else 0)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         t = pool.submit(train, str(path), str(run), config).result()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -52,9 +52,9 @@ def _plan(args: argparse.Namespace) -> None:
     hashed, full = forecasts["hashed"], forecasts["full"]
     totals = [sum(found.parts_s.values()) for found in (hashed, full)]
     say(f"{'bytes at the peak':26}{hashed.peak_bytes:>16,}{full.peak_bytes:>16,}")
-    if (second := hashed.second) is not None:
-        for name, value in asdict(second).items():
-            say(f"{'  second stage, ' + name.replace('_', ' '):26}{value:>16,}{0:>16}")
+    if hashed.second is not None and full.second is not None:
+        for (name, value), other in zip(asdict(hashed.second).items(), asdict(full.second).values(), strict=True):
+            say(f"{'  second stage, ' + name.replace('_', ' '):26}{value:>16,}{other:>16,}")
     say(f"{f'step of {args.batch_size} samples, ms':26}{1e3 * totals[0]:>16,.1f}{1e3 * totals[1]:>16,.1f}")
     for part in hashed.parts_s:
         shares = [100 * found.parts_s[part] / total for found, total in zip((hashed, full), totals, strict=True)]

@@ -20,6 +20,7 @@ from mach.draw import progress_bar
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.model import Sizes
 from mach.parallel.judge import Choice, Heard, Judge
+from mach.parallel.memory import is_out_of_memory
 from mach.parallel.offline import predict
 from mach.store import Run
 from mach.store.predictions import read_facts, read_predictions
@@ -116,10 +117,22 @@ def n_listed(sizes: Sizes, depth: int) -> int:
     return min(sizes.n_labels, depth + math.ceil(sizes.labels_a_sample))
 
 
-def wants_reranker(run: Run) -> bool:
-    """Tell whether a run's settings ask for a re-ranker that is not there, and all its repetitions are finished."""
-    wanted = run.config.n_reranked(run.sizes.features) > 0
-    return wanted and not run.problems() and reranker_record(run.path) is None
+def rerank_if_wanted(run: Run, dataset: Dataset, *, device: str, workers: int | None = None, progress: bool = False) -> None:
+    """Fit a re-ranker if a run's settings ask for one that is not there, and all its repetitions are finished.
+
+    Raises: as `rerank`; ModelError if it does not fit the memory.
+    """
+    if not run.config.n_reranked(run.sizes.features) or run.problems() or reranker_record(run.path) is not None:
+        return
+    try:
+        rerank(run.path, dataset, device=device, workers=workers, progress=progress)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{run.path}: is trained and can be used, but its second stage does not fit the memory of {device} ({error}); fit "
+            f"it where there is more: mach rerank {run.path} {dataset.path}"
+        ) from error
 
 
 def _shortlists(file: Path, used_N: npt.NDArray[np.bool_], near_N: npt.NDArray[np.int32] | None) -> Lists:

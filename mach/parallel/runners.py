@@ -25,7 +25,7 @@ from mach.parallel.memory import free_memory, group_size, is_out_of_memory, what
 from mach.parallel.plan import plan_groups
 from mach.parallel.progress import Watch
 from mach.parallel.ready import refuse_full_disk, underway
-from mach.parallel.rerank import rerank, wants_reranker
+from mach.parallel.rerank import rerank_if_wanted
 from mach.store.folder import Run, format_repetitions
 from mach.store.shards import is_cut
 from mach.train.checkpoint import FOLDER, checkpoint_path, read_progress, split_checkpoint
@@ -116,8 +116,7 @@ def train(
         left = _run(jobs, n_workers, progress, asked)
     if left or asked.asked:
         raise Stopped(f"{run.path}: {_where(left)}", asked.status)
-    if wants_reranker(run):
-        rerank(run.path, dataset, device=device, workers=workers, progress=progress)
+    rerank_if_wanted(run, dataset, device=device, workers=workers, progress=progress)
     model = run.load(wanted, device=devices[0])
     if temporary is not None:
         weakref.finalize(model, temporary.cleanup)

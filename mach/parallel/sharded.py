@@ -26,6 +26,7 @@ from mach.parallel.comm import connect, launched
 from mach.parallel.memory import is_out_of_memory, what_to_lower
 from mach.parallel.progress import Watch
 from mach.parallel.ready import refuse_full_disk, underway
+from mach.parallel.rerank import rerank_if_wanted
 from mach.store.folder import Run, sizes_of, table_of
 from mach.store.shards import (
     BEST,
@@ -56,7 +57,8 @@ def train_sharded(
 ) -> Model:  # fmt: skip
     """Train a full head with the other processes into a run folder, and load it on the CPU; see `mach.parallel.train`.
 
-    A run that some number of processes began goes on with any other.
+    A run that some number of processes began goes on with any other. Rank 0 fits the re-ranker, if the config has one; the others
+    do not wait for it, and load the head as it was trained.
 
     Args:   comm, the way to the others; without it, that of the environment.
     Raises: ConfigError for hashed tables, which need none of this; RankLost, naming a rank that is gone or stuck, and the
@@ -87,7 +89,10 @@ def train_sharded(
         comm.close()
     if left is not None:
         raise left
-    return Run.open(out).load([0], device="cpu")
+    run = Run.open(out)
+    if comm.rank == 0:
+        rerank_if_wanted(run, dataset, device=str(place), progress=progress)
+    return run.load([0], device="cpu")
 
 
 def _device(name: str) -> torch.device:
@@ -136,7 +141,7 @@ class _Work:
         if shards and not resume:
             raise ModelError(f"{run.path}: the full head is under way here; add --resume to go on, or choose another --out")
         if not underway(run, [0], resume) and not shards:
-            refuse_full_disk(run, [[0]], 1, device)
+            refuse_full_disk(run, [[0]], 1, device, dataset)
         progress: Mapping[str, Any] | None = shards.progress if shards else None
         if alone.exists() and (progress is None or read_progress(alone)["step"] > progress["step"]):
             progress, shards = read_progress(alone), None

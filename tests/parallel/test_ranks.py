@@ -18,8 +18,10 @@ import mach
 from mach.cli import main
 from mach.config import Config, dump_toml
 from mach.errors import ConfigError, ModelError, Stopped
+from mach.parallel import rerank as reranking
 from mach.parallel import sharded, train
 from mach.store import Run
+from mach.store.reranker import load_reranker
 from mach.store.shards import ShardSet
 from mach.train.checkpoint import checkpoint_path
 from mach.train.log import log_path, read_log
@@ -27,7 +29,7 @@ from mach.train.loop import Group
 from mach.train.sharded import ShardedGroup
 
 CONFIG = Config(
-    table="identity", hidden=9, layers=1, dropout=0.3, batch_size=70, epochs=3, learning_rate=0.02, precision="float32"
+    table="identity", hidden=9, layers=1, dropout=0.3, batch_size=70, epochs=3, learning_rate=0.02, precision="float32", rerank=0
 )  # 9 steps
 STOPPING = {"patience": 2, "epochs": 12, "learning_rate": 0.3, "loss": "softmax"}
 
@@ -79,6 +81,24 @@ def test_ranks_write_the_folder_of_one_process(ranks, tiny, alone, tmp_path):
     assert all((f.labels == found[0].labels).all() for f in found)
     together(ranks, 2, CONFIG, tiny, tmp_path / "run")  # finished: nothing to do
     assert len(logged(tmp_path / "run", "event")) == 1
+
+
+def test_rank_0_fits_the_second_stage(ranks, tiny, alone, tmp_path, monkeypatch):
+    config, run = CONFIG.replace(rerank=5), tmp_path / "run"
+
+    def too_large(*args, **how):
+        raise MemoryError("no room for the lists")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reranking, "rerank", too_large)
+        with pytest.raises(ModelError, match=r"can be used, but its second stage does not fit the memory of cpu \(no room for"):
+            together(ranks, 2, config, tiny, run)
+    assert load_reranker(run, Run.open(run).manifest["key"]) is None and Run.open(run).problems() == {}
+    first, _ = together(ranks, 2, config, tiny, run)
+    assert first.reranker.depth == 5 and Run.open(run).load().reranker.depth == 5
+    train(config, tiny, tmp_path / "alone")
+    test, truth = tiny.split("test").features, Run.open(tmp_path / "alone").load()
+    assert (first.predict_topk(test, 5).labels == truth.predict_topk(test, 5).labels).mean() > 0.9  # rounding of the products
 
 
 def stopped_at(monkeypatch, step, rank=1):

@@ -333,9 +333,9 @@ def test_trouble_is_named(tiny, tiny_without_dev, tmp_path, run):
         rerank(run.path, tiny_without_dev)
 
 
-def test_dense_features_and_the_full_head_have_none_by_default(tiny, tiny_dense, tmp_path):
+def test_a_full_head_has_a_second_stage_and_dense_features_have_none(tiny, tiny_dense, tmp_path):
     assert train(CONFIG.replace(rerank="auto"), tiny_dense).reranker is None
-    assert train(Config(table="identity", hidden=8, epochs=1), tiny).reranker is None
+    assert train(Config(table="identity", hidden=8, epochs=1), tiny).reranker.depth == 20
     with pytest.raises(ConfigError, match="rerank=6 must be 0 or 'auto' over dense features"):
         train(CONFIG, tiny_dense, tmp_path / "dense")
     model = train(Config(table="identity", hidden=8, epochs=1, rerank=5), tiny)

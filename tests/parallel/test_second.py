@@ -91,7 +91,7 @@ def test_weights_are_no_more_than_features_of_samples(n, features, labels):
 
 @pytest.mark.parametrize(
     ("config", "features"),
-    [({"rerank": 0}, "sparse"), ({"table": "identity"}, "sparse"), ({}, "dense"), ({"loss": "squared-hinge"}, "sparse")],
+    [({"rerank": 0}, "sparse"), ({}, "dense"), ({"loss": "squared-hinge"}, "sparse")],
 )
 def test_what_has_none_takes_nothing(config, features):
     assert second_stage(CONFIG.replace(**config), replace(SIZES, features=features), SAMPLES) is None

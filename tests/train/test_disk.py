@@ -115,7 +115,7 @@ def test_the_second_stage_needs_room_once_checkpoints_are_gone(tiny, tmp_path, m
     assert refused() == disk_bytes(config, sizes, [[0, 1]], n_workers=1, after=second.disk_bytes) == weights + second.disk_bytes
     assert refused(repetitions=[1]) == disk_bytes(config, sizes, [[1]], n_workers=1)  # is not fitted then
     free[0] = weights + second.disk_bytes
-    monkeypatch.setattr(runners, "rerank", lambda *args, **kwargs: None)
+    monkeypatch.setattr(runners, "rerank_if_wanted", lambda *args, **kwargs: None)
     train(config, tiny, tmp_path / "run")
     free[0] = 0
     assert refused() == second.disk_bytes

@@ -117,7 +117,7 @@ def train(way: Way, dataset: Dataset, out: Path, config: mach.Config) -> Part:
     path = out / f"{'one' if shared else 'each'}-{R}-{B}-{D}"
     if shared:
         table = LabelTable.hashed(dataset.n_labels, B, R, seed=config.seed)
-        apart = {"table": "identity", "head_precision": "float32", "head_optimizer": "adamw"}
+        apart = {"table": "identity", "head_precision": "float32", "head_optimizer": "adamw", "rerank": 0}
         model = mach.train(config.replace(hidden=D, **apart), union(dataset, table, path.with_suffix(".data")), path)
     else:
         model = mach.train(config.replace(hidden=D, repetitions=R, buckets=B), dataset, path)

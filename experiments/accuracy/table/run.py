@@ -29,7 +29,7 @@ METRICS = (("P@1", "P@3", "P@5"), ("PSP@1", "PSP@3", "PSP@5"), ("R@10",), ("R@10
 
 def configurations(n_labels: int, n_samples: int, seed: int) -> dict[str, mach.Config]:
     ours = mach.Config(seed=seed, input_precision="bfloat16")
-    full = ours.replace(table="identity")
+    full = ours.replace(table="identity", rerank=0)
     quarter = n_labels * full.n_hidden(n_samples) // (4 * ours.repetitions * ours.n_hidden(n_samples))
     return {
         "ours": ours,
@@ -38,6 +38,8 @@ def configurations(n_labels: int, n_samples: int, seed: int) -> dict[str, mach.C
         "wide": ours.replace(hidden=full.n_hidden(n_samples)),
         "full": full,
         "full-64": full.replace(bottleneck=64),
+        "full-both": full.replace(rerank=20),
+        "full-64-both": full.replace(bottleneck=64, rerank=20),
         "quarter": ours.replace(buckets=max(2, quarter)),
     }
 
