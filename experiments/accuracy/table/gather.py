@@ -18,13 +18,16 @@ import numpy as np
 
 from mach.draw import INK, LINE, MUTED, PALETTE
 
-HEADS = ("ours", "half", "wide", "quarter", "published", "full", "full-64")  # the others are peers
+FULL = ("full", "full-64", "full-reranked", "full-64-reranked")
+HEADS = ("ours", "half", "wide", "quarter", "published", *FULL)  # the others are peers
 DRAWN = {
     "ours": (PALETTE[0], "o"),
     "half": (PALETTE[5], "o"),
     "published": (PALETTE[4], "D"),
     "full": (MUTED, "s"),
     "full-64": (MUTED, "^"),
+    "full-reranked": (PALETTE[1], "s"),
+    "full-64-reranked": (PALETTE[1], "^"),
 }
 KS = (1, 3, 5)
 LINEAR = 3  # points; beyond, the axis is logarithmic

@@ -6,8 +6,9 @@ DATA are folders of XC-repository text with train.txt, test.txt and perhaps dev.
 rows of the input layer in bfloat16 also where that is not the default, so that sizes are the same everywhere; "published" the
 same hashed at random and without its second stage, which is MACH as its authors have it: where ours is hashed at random, that is
 measured with it, else it is to be asked for; "half" ours with four repetitions; "wide" ours of the full head's width, which is
-another where samples are few; "full" the full head; "full-64" with a bottleneck of 64 before its outputs; "quarter" ours with a
-quarter of the full head's output parameters in all.
+another where samples are few; "quarter" ours with a quarter of the full head's output parameters in all. "full" is the full head
+without a second stage, "full-64" with a bottleneck of 64 before its outputs; both stages have
+"full-reranked" and "full-64-reranked".
 With --dev alike, a twentieth of train, whole groups of look-alikes, is held out to choose cost and weight of the second stage by,
 as for a test split drawn in groups. Prints a Markdown table of the test split. A second call trains only what is left.
 """
@@ -38,8 +39,8 @@ def configurations(n_labels: int, n_samples: int, seed: int) -> dict[str, mach.C
         "wide": ours.replace(hidden=full.n_hidden(n_samples)),
         "full": full,
         "full-64": full.replace(bottleneck=64),
-        "full-both": full.replace(rerank=20),
-        "full-64-both": full.replace(bottleneck=64, rerank=20),
+        "full-reranked": full.replace(rerank="auto"),
+        "full-64-reranked": full.replace(bottleneck=64, rerank="auto"),
         "quarter": ours.replace(buckets=max(2, quarter)),
     }
 
