@@ -540,7 +540,20 @@ def test_ask_draws_bars(works, text, estimator):
 
 
 def test_ask_shows_probabilities_of_a_softmax_too(works, text, tmp_path):
-    settings = ["--table", "identity", "--loss", "softmax", "--hidden", "16", "--epochs", "9", "--batch-size", "10"]
+    settings = [
+        "--table",
+        "identity",
+        "--loss",
+        "softmax",
+        "--hidden",
+        "16",
+        "--epochs",
+        "9",
+        "--batch-size",
+        "10",
+        "--rerank",
+        "0",
+    ]
     works("train", text[0], "--out", tmp_path / "run", *settings)
     lines = works("ask", tmp_path / "run", "Oslo", "--top-k", "6").splitlines()[1:]
     assert lines[0].endswith("Oslo") and sum(float(line[23:27]) for line in lines) == pytest.approx(1, abs=0.03)

@@ -83,7 +83,7 @@ def test_ranks_write_the_folder_of_one_process(ranks, tiny, alone, tmp_path):
     assert len(logged(tmp_path / "run", "event")) == 1
 
 
-def test_rank_0_fits_the_second_stage(ranks, tiny, alone, tmp_path, monkeypatch):
+def test_rank_0_fits_the_second_stage(ranks, tiny, tmp_path, monkeypatch):
     config, run = CONFIG.replace(rerank=5), tmp_path / "run"
 
     def too_large(*args, **how):
