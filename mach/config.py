@@ -28,6 +28,9 @@ RATE = 4e-3  # peak step size of AdamW; see experiments/accuracy/recipe
 WIDTH, FEW_WIDTH = 512, 256  # of the hidden vector, where samples are many and where they are few
 MANY_SAMPLES = 50_000  # too many for a repetition to learn by heart: see experiments/accuracy/recipe
 MANY_LABELS = 2.0  # a sample, from which labels that look alike go together, and one bucket cannot tell them apart
+REPETITIONS, LEAST_REPETITIONS = 8, 2
+ONE_LABEL = 1.5  # a sample, below which most name but one, and a bucket of many rare ones is a mixture that is hard to learn
+MORE_BUCKETS, MOST_MIXED = 4, 8  # times, there, if a bucket then has at most 8 labels: see experiments/accuracy/buckets
 MOST_GROUPED = 1_000_000  # labels, whose directions take 2 GB: see mach/hashing/grouping.py
 HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
 
@@ -61,8 +64,18 @@ class Config:
         0,
         1,
     )
-    buckets: int | Literal["auto"] = _setting(AUTO, "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K)", 2)
-    repetitions: int = _setting(8, "R, independent repetitions", 1)
+    buckets: int | Literal["auto"] = _setting(
+        AUTO,
+        "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K), and four times as many where a training sample "
+        "has fewer than 1.5 labels and a bucket then at most 8",
+        2,
+    )
+    repetitions: int | Literal["auto"] = _setting(
+        AUTO,
+        "R, independent repetitions; auto: 8, but where a training sample has fewer than 1.5 labels and a bucket at most 8 as "
+        "few as have 64 sqrt(K) buckets in all, from 2 on",
+        1,
+    )
     seed: int = _setting(0, "seed of the hashes, the initial weights and the order of the data", 0, 2**63 - 1)
 
     hidden: int | Literal["auto"] = _setting(
@@ -89,7 +102,7 @@ class Config:
     learning_rate: float | Literal["auto"] = _setting(
         AUTO,
         "peak step size of AdamW, after the warm-up; auto: 0.004, down to a quarter of it where an output is positive in fewer "
-        "than one of 400 samples, or samples are more than 50,000; of a full head to a half",
+        "than one of 400 samples, or samples are more than 50,000; of a full head, and by rowwise-adam, to a half",
         0,
     )
     input_learning_rate: float | Literal["auto"] = _setting(
@@ -118,7 +131,9 @@ class Config:
         0.0, "share of the outputs, the most frequent, whose bfloat16 weights keep what rounding loses instead", 0, 1
     )
     head_optimizer: HeadOptimizer | Literal["auto"] = _setting(
-        AUTO, "of the head; sgd: no state; rowwise-...: one number an output; auto: rowwise-adam for the full head, else adamw"
+        AUTO,
+        "of the head; sgd: no state; rowwise-...: one number an output; auto: rowwise-adam for the full head, and where a "
+        "training sample has fewer than 1.5 labels and a bucket at most 8, else adamw",
     )
     head_learning_rate: float | Literal["auto"] = _setting(
         AUTO, "peak step size of the head; auto: learning_rate for adamw and rowwise-adam, else one that suits the optimiser", 0
@@ -196,15 +211,17 @@ class Config:
         """Give a copy with some settings changed, checked again."""
         return self.from_dict({**self.to_dict(), **changes})
 
-    def n_buckets(self, n_labels: int) -> int:
-        """Resolve B for K labels: K for the identity table, the power of two nearest to 8 sqrt(K) for `auto`.
+    def n_buckets(self, n_labels: int, labels_a_sample: float = ONE_LABEL) -> int:
+        """Resolve B for K labels: K for the identity table, for `auto` a power of two near 8 sqrt(K), or near four times that.
 
         Raises: ConfigError if B exceeds K.
         """
         if self.table == "identity":
             return n_labels
         if self.buckets == AUTO:
-            return max(2, min(n_labels, 1 << round(math.log2(8 * math.sqrt(n_labels)))))
+            usual = _usual_buckets(n_labels)
+            more = MORE_BUCKETS * usual
+            return max(2, min(n_labels, more if _unmixed(n_labels, more, labels_a_sample) else usual))
         buckets = int(self.buckets)
         if buckets > n_labels:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
@@ -243,24 +260,25 @@ class Config:
             return "bfloat16" if self.table == "identity" else "float32"
         return self.head_precision
 
-    def head_rule(self) -> HeadOptimizer:
-        """Resolve the update rule of the head."""
+    def head_rule(self, n_labels: int, n_outputs: int, labels_a_sample: float) -> HeadOptimizer:
+        """Resolve the update rule of a head of so many outputs for K labels."""
         if self.head_optimizer == "auto":
-            return "rowwise-adam" if self.table == "identity" else "adamw"
+            return "rowwise-adam" if self.table == "identity" or _unmixed(n_labels, n_outputs, labels_a_sample) else "adamw"
         return self.head_optimizer
 
-    def rates(self, n_samples: int, n_outputs: int, labels_a_sample: float) -> Rates:
-        """Resolve the peak step sizes for so many training samples and a head of so many outputs.
+    def rates(self, n_samples: int, n_labels: int, n_outputs: int, labels_a_sample: float) -> Rates:
+        """Resolve the peak step sizes for so many training samples and a head of so many outputs for K labels.
 
         Adam's steps are as large for an output that is hardly ever positive as for others, and tell it more of noise; and there
         are the more steps the more samples.
         """
-        least = 0.5 if self.table == "identity" else 0.25
+        rule = self.head_rule(n_labels, n_outputs, labels_a_sample)
+        least = 0.5 if self.table == "identity" or rule == "rowwise-adam" else 0.25
         usual = RATE * min(1.0, max(least, min(400 * labels_a_sample / n_outputs, MANY_SAMPLES / n_samples)))
         dense = self.learning_rate if isinstance(self.learning_rate, float) else usual
         rows = self.input_learning_rate if isinstance(self.input_learning_rate, float) else 15 * usual
         head = self.head_learning_rate
-        return Rates(dense, rows, head if isinstance(head, float) else HEAD_RATES.get(self.head_rule(), dense))
+        return Rates(dense, rows, head if isinstance(head, float) else HEAD_RATES.get(rule, dense))
 
     def head_decay(self) -> float:
         """Resolve the weight decay of the head."""
@@ -284,9 +302,31 @@ class Config:
             return round(self.validation * n_samples)
         return min(6000, n_samples // 40) if n_samples >= 10_000 and self.n_reranked(features) else 0
 
-    def n_repetitions(self) -> int:
-        """Resolve R: 1 for the identity table, which is the full head."""
-        return 1 if self.table == "identity" else self.repetitions
+    def n_repetitions(self, n_labels: int, labels_a_sample: float) -> int:
+        """Resolve R for K labels: 1 for the identity table, which is the full head.
+
+        A bucket of rare labels is a mixture that one output learns badly, where a sample names but one of them: fewer repetitions
+        of more buckets then have the better outputs for the same work, if that leaves few labels a bucket. See
+        experiments/accuracy/buckets.
+
+        Raises: ConfigError if B exceeds K.
+        """
+        if self.table == "identity":
+            return 1
+        if self.repetitions != AUTO:
+            return int(self.repetitions)
+        outputs, buckets = REPETITIONS * _usual_buckets(n_labels), self.n_buckets(n_labels, labels_a_sample)
+        few = _unmixed(n_labels, buckets, labels_a_sample)
+        return min(REPETITIONS, max(LEAST_REPETITIONS, round(outputs / buckets))) if few else REPETITIONS
+
+
+def _unmixed(n_labels: int, n_buckets: int, labels_a_sample: float) -> bool:
+    """Tell whether a bucket stands for few enough labels to be learnt well, where most samples name but one."""
+    return labels_a_sample < ONE_LABEL and n_labels <= MOST_MIXED * n_buckets
+
+
+def _usual_buckets(n_labels: int) -> int:
+    return 1 << round(math.log2(8 * math.sqrt(n_labels)))
 
 
 def _check(name: str, value: Any, hint: Any, low: float | None, high: float | None) -> None:

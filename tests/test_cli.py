@@ -736,6 +736,8 @@ def test_plan(works):
 def test_plan_counts_the_second_stage_where_samples_are_known(works, fails):
     args = ["plan", "--labels", "10k", "--features", "20k", "--active-features", "30"]
     assert "second stage, which orders the first labels anew; give --samples to count it, too" in works(*args)
+    one_label = works(*args, "--samples", "1m", "--labels-a-sample", "1.2")
+    assert one_label.startswith("10,000 labels: --buckets 4096 --repetitions 3 --hidden 512\n")  # two might be confused: --delta
     out = works(*args, "--samples", "1m", "--labels-a-sample", "4.5")
     rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()[4:]}
     assert out.startswith("10,000 labels: --buckets 1024 --repetitions 8 --hidden 512\n")

@@ -169,27 +169,33 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
         assert wish / math.sqrt(2) * (1 - 1e-12) <= buckets <= wish * math.sqrt(2) * (1 + 1e-12)
     else:
         assert wish * math.sqrt(2) > n_labels
+    more = min(n_labels, 4 * buckets)
+    assert Config().n_buckets(n_labels, 1.499) == (more if n_labels <= 8 * more else buckets)
 
 
 @pytest.mark.parametrize(
     ("n_samples", "n_outputs", "labels", "rate"),
     [
-        (50_000, 1_024, 15.65, 0.004), (100, 2_048, 5.12, 0.004), (50_000, 2_048, 1.6, 0.00125), (50_000, 10**6, 1, 0.001),
-        (100_000, 1_024, 15.65, 0.002), (100_000, 2_048, 1.6, 0.00125), (10**9, 1_024, 15.65, 0.001),
+        (50_000, 1_024, 15.65, 0.004), (100, 2_048, 5.12, 0.004), (50_000, 6_400, 5, 0.00125), (50_000, 10**6, 2, 0.001),
+        (100_000, 1_024, 15.65, 0.002), (100_000, 6_400, 5, 0.00125), (10**9, 1_024, 15.65, 0.001),
     ],
 )  # fmt: skip
 def test_automatic_step_sizes_are_smaller_where_outputs_are_rarely_positive_or_samples_many(n_samples, n_outputs, labels, rate):
-    assert Config().rates(n_samples, n_outputs, labels) == Rates(
+    assert Config().rates(n_samples, 9 * n_outputs, n_outputs, labels) == Rates(
         pytest.approx(rate), pytest.approx(15 * rate), pytest.approx(rate)
     )
     full = max(0.002, rate)
-    assert Config(table="identity").rates(n_samples, n_outputs, labels) == Rates(
+    assert Config(table="identity").rates(n_samples, 9 * n_outputs, n_outputs, labels) == Rates(
         *(pytest.approx(x) for x in (full, 15 * full, full))
     )
-    assert Config(learning_rate=1, head_optimizer="sgd").rates(n_samples, n_outputs, labels) == Rates(
+    assert Config(head_optimizer="rowwise-adam").rates(n_samples, 9 * n_outputs, n_outputs, labels).head == pytest.approx(full)
+    few = round(n_outputs / labels)
+    one_label = Config().rates(n_samples, 8 * few, few, 1)
+    assert one_label.head == pytest.approx(full, rel=1e-3)
+    assert Config(learning_rate=1, head_optimizer="sgd").rates(n_samples, 9 * n_outputs, n_outputs, labels) == Rates(
         1, pytest.approx(15 * rate), 3
     )
-    assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_samples, n_outputs, labels) == Rates(
+    assert Config(input_learning_rate=2, head_learning_rate=0.5).rates(n_samples, 9 * n_outputs, n_outputs, labels) == Rates(
         pytest.approx(rate), 2, 0.5
     )
 
@@ -242,21 +248,49 @@ def test_automatic_buckets_are_frozen(n_labels, buckets):
 def test_buckets_given_or_of_the_full_head():
     assert Config(buckets=7).n_buckets(7) == 7
     assert Config(table="identity", buckets=7, repetitions=5).n_buckets(1000) == 1000
-    assert Config(table="identity", repetitions=5).n_repetitions() == 1
-    assert Config(repetitions=5).n_repetitions() == 5
+    assert Config(table="identity", buckets=7).n_buckets(1000, 1.0) == 1000
+    assert Config(buckets=7).n_buckets(1000, 1.0) == 7
     with pytest.raises(ConfigError, match=r"buckets=8 must lie in \[2, 7\], the number of labels of this data set"):
         Config(buckets=8).n_buckets(7)
 
 
+@pytest.mark.parametrize(
+    ("settings", "n_labels", "labels", "repetitions"),
+    [
+        ({}, 235_000, 1.5, 8),
+        ({"buckets": 16_384}, 235_000, 1.5, 8),  # more are better there, whatever they cost
+        ({}, 235_000, 1.499, 8),  # too many labels a bucket for fewer to do
+        ({}, 58_727, 1.499, 2),  # of 8,192 buckets, as many in all as 8 of 2,048
+        ({"buckets": 1024}, 5783, 1.0, 4),
+        ({"buckets": 4096}, 58_727, 1.0, 8),
+        ({"buckets": 64}, 58_727, 1.0, 8),
+        ({"buckets": 50_000}, 58_727, 1.0, 2),  # one cannot tell the labels of a bucket apart
+        ({}, 3, 1.0, 8),
+        ({"repetitions": 5}, 235_000, 1.0, 5),
+        ({"repetitions": 5, "table": "identity"}, 235_000, 2.0, 1),
+        ({"table": "identity"}, 235_000, 1.0, 1),
+    ],
+)
+def test_repetitions_are_fewer_of_more_buckets_where_a_sample_has_about_one_label(settings, n_labels, labels, repetitions):
+    assert Config(**settings).n_repetitions(n_labels, labels) == repetitions
+
+
+def test_the_head_learns_row_by_row_where_a_sample_has_about_one_label_and_a_bucket_few():
+    rules = [Config().head_rule(n_labels, 100, labels) for n_labels, labels in ((800, 1), (800, 1.499), (801, 1), (800, 1.5))]
+    assert rules == ["rowwise-adam"] * 2 + ["adamw"] * 2
+    assert [Config(table="identity").head_rule(9, 9, labels) for labels in (1, 9)] == ["rowwise-adam"] * 2
+    assert [Config(head_optimizer="sgd", table=table).head_rule(9, 9, 1) for table in ("hashed", "identity")] == ["sgd"] * 2
+
+
 def test_the_heads_rate_and_decay_are_its_own_or_follow():
-    assert (Config(learning_rate=0.5).rates(99, 9, 1).head, Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
+    assert (Config(learning_rate=0.5).rates(99, 99, 9, 1).head, Config(weight_decay=0.25).head_decay()) == (0.5, 0.25)
     assert (
-        Config(head_learning_rate=0).rates(99, 9, 1).head == 0
+        Config(head_learning_rate=0).rates(99, 99, 9, 1).head == 0
         and Config(weight_decay=0.25, head_weight_decay=0).head_decay() == 0
     )
     for kind in set(get_args(HeadOptimizer)) - {"adamw"}:
-        assert Config(head_optimizer=kind, learning_rate=0.5).rates(99, 9, 1).head == HEAD_RATES.get(kind, 0.5)
-        assert Config(head_optimizer=kind, head_learning_rate=3).rates(99, 9, 1).head == 3
+        assert Config(head_optimizer=kind, learning_rate=0.5).rates(99, 99, 9, 1).head == HEAD_RATES.get(kind, 0.5)
+        assert Config(head_optimizer=kind, head_learning_rate=3).rates(99, 99, 9, 1).head == 3
 
 
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):

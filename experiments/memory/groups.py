@@ -59,7 +59,9 @@ def main() -> None:
             X = sp.random_array((3000, n_features), density=50 / n_features, rng=rng, dtype=np.float32).tocsr()
             Y = sp.random_array((3000, 50_000), density=3 / 50_000, rng=rng, dtype=np.float32).tocsr()
             mach.write_dataset(path, {"train": (X, Y)})
-        reckoned = group_bytes(config, sizes_of(config, mach.Dataset.open(path)), config.n_repetitions(), device=CPU)
+        sizes = sizes_of(config, mach.Dataset.open(path))
+        n_repetitions = config.n_repetitions(sizes.n_labels, sizes.labels_a_sample)
+        reckoned = group_bytes(config, sizes, n_repetitions, device=CPU)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(train, str(path), config).result()
         said = ", ".join(f"{key} {value}" for key, value in case.items())

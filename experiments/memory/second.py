@@ -46,7 +46,7 @@ def main() -> None:
     for data in args.data:
         dataset, out = mach.Dataset.open(data), args.out / Path(data).name
         sizes = sizes_of(CONFIG, dataset)
-        trained = group_bytes(CONFIG, sizes, CONFIG.n_repetitions(), device=CPU)
+        trained = group_bytes(CONFIG, sizes, CONFIG.n_repetitions(sizes.n_labels, sizes.labels_a_sample), device=CPU)
         found = second_stage(CONFIG, sizes, Samples.of(dataset))
         assert found is not None, "the data set has dense features"
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

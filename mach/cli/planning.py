@@ -22,7 +22,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", type=count, help="F, to count the encoders' input layers too")
     parser.add_argument("--active-features", type=count, help="features that a sample has on average, where they are sparse")
     parser.add_argument("--samples", type=count, help="N, training samples, to count the second stage, too; needs --features")
-    parser.add_argument("--labels-a-sample", type=float, default=1.0, help="that a training sample has on average (default 1)")
+    parser.add_argument("--labels-a-sample", type=float, default=2.0, help="that a training sample has on average (default 2)")
     parser.add_argument("--memory", type=count, help="for training, such as 8G or 8GiB")
     parser.add_argument("--hidden", type=int, help="D, the widest hidden vector to propose (default as of `mach train`)")
     parser.add_argument(
@@ -37,7 +37,9 @@ def _plan(args: argparse.Namespace) -> None:
     from mach.hashing.bounds import propose
 
     hidden = Config().n_hidden(args.samples or MANY_SAMPLES) if args.hidden is None else args.hidden
-    plan = propose(args.labels, args.features, args.memory, args.delta, hidden, args.active_features)
+    if not args.labels_a_sample > 0:
+        raise ConfigError(f"labels_a_sample={args.labels_a_sample:g} must be above 0")
+    plan = propose(args.labels, args.features, args.memory, args.delta, hidden, args.active_features, args.labels_a_sample)
     rates, products, forecasts = _forecasts(args, plan)
     if args.json:
         each = {name: asdict(found) for name, found in forecasts.items()}
@@ -78,8 +80,6 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
 
     if args.samples is not None and args.features is None:
         raise ConfigError(f"samples={args.samples} needs --features: the second stage has weights of them")
-    if not args.labels_a_sample > 0:
-        raise ConfigError(f"labels_a_sample={args.labels_a_sample:g} must be above 0")
     features = args.features if args.active_features is None else args.active_features
     samples = None if args.samples is None else Samples(n=args.samples, features=features)
     device = resolve_device(args.device)
@@ -93,7 +93,7 @@ def _forecasts(args: argparse.Namespace, plan: Plan) -> tuple[Rates, str, dict[s
         sizes = Sizes(
             n_features=args.features or 0,
             n_labels=plan.n_labels,
-            n_buckets=config.n_buckets(plan.n_labels),
+            n_buckets=config.n_buckets(plan.n_labels, args.labels_a_sample),
             hidden=plan.hidden,
             features="sparse",
             labels_a_sample=args.labels_a_sample,

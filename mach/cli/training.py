@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from mach.cli.arguments import Command, add_machine, plain_value
 from mach.cli.datasets import open_or_prepare
 from mach.cli.printing import is_first, repetitions_text, say
-from mach.config import Config, load_config
+from mach.config import AUTO, Config, load_config
 
 RERANK_SETTINGS = ("rerank", "rerank_cost", "rerank_weight")
 
@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
     base = load_config(args.config) if args.config else Config()
     numbers = None
-    if (text := given.pop("repetitions", None)) is not None:
+    if (text := given.get("repetitions", AUTO)) != AUTO:
         from mach.store.folder import parse_repetitions
 
         numbers = parse_repetitions(text)

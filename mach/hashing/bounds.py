@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mach.config import WIDTH, Config
+from mach.config import ONE_LABEL, WIDTH, Config, HeadOptimizer
 from mach.errors import ConfigError
 from mach.hashing.families import MAX_LABELS
 from mach.hashing.table import table_bytes
@@ -93,31 +93,32 @@ def ensemble_cost(
     layers: int = 0,
     active_features: int | None = None,
     settings: Config = DEFAULTS,
+    labels_a_sample: float = ONE_LABEL,
     input_bytes: int = WEIGHT_BYTES,
 ) -> Cost:
     """Count what R repetitions cost, each with its own encoder, a head of B outputs and its row of the held table.
 
     `active_features` is how many features a sample has on average, for sparse inputs; by default all F. Of the settings, those
-    count that say how wide the head is, how it is stored and by what rule it trains. A weight of the input layer takes
+    count that say how wide the head is, how it is stored and by what rule it trains, which may depend on how many labels a sample
+    has. A weight of the input layer takes
     `input_bytes`.
 
     Raises: ConfigError if B is outside [2, K], or R below 1.
     """
     _check(n_labels, n_buckets, n_repetitions)
-    one = _cost(
-        n_buckets, hidden, n_features, layers, active_features, table_bytes(n_labels, n_buckets, 1), settings, input_bytes
-    )
+    table, rule = table_bytes(n_labels, n_buckets, 1), settings.head_rule(n_labels, n_buckets, labels_a_sample)
+    one = _cost(n_buckets, hidden, n_features, layers, active_features, table, settings, rule, input_bytes)
     return Cost(**{name: n_repetitions * value for name, value in dataclasses.asdict(one).items()})
 
 
 def full_cost(*, n_labels: int, hidden: int, n_features: int, layers: int = 0, active_features: int | None = None) -> Cost:
     """Count what the full head of K outputs over one such encoder costs: R = 1, B = K, and an identity table that is not held."""
-    return _cost(n_labels, hidden, n_features, layers, active_features, table=0, settings=FULL)
+    return _cost(n_labels, hidden, n_features, layers, active_features, table=0, settings=FULL, rule="rowwise-adam")
 
 
 def _cost(
-    n_buckets: int, hidden: int, n_features: int, layers: int, active: int | None, table: int, settings: Config = DEFAULTS,
-    input_bytes: int = WEIGHT_BYTES,
+    n_buckets: int, hidden: int, n_features: int, layers: int, active: int | None, table: int, settings: Config,
+    rule: HeadOptimizer, input_bytes: int = WEIGHT_BYTES,
 ) -> Cost:  # fmt: skip
     """Count one encoder, one head and a table of so many bytes."""
     width = settings.bottleneck or hidden
@@ -133,16 +134,16 @@ def _cost(
         weight_bytes=rows_bytes + dense_bytes + head_bytes,
         table_bytes=table,
         training_bytes=ADAMW_COPIES * dense_bytes + rows_bytes + WEIGHT_BYTES * n_features + head_bytes
-        + _head_state_bytes(n_buckets, width, settings) + table,
+        + _head_state_bytes(n_buckets, width, rule, settings.compensated) + table,
         encoder_multiply_adds=(n_features if active is None else active) * hidden + layers * hidden * hidden + narrowing,
         head_multiply_adds=n_buckets * width,
     )  # fmt: skip
 
 
-def _head_state_bytes(n_buckets: int, width: int, settings: Config) -> int:
+def _head_state_bytes(n_buckets: int, width: int, rule: HeadOptimizer, compensated: float) -> int:
     """Count what the head's rule keeps, in float32 whatever the storage, and what compensation does, in bfloat16."""
-    kept = {"sgd": 0, "adamw": 2 * head_parameters(n_buckets, width)}.get(settings.head_rule(), 2 * n_buckets)
-    return WEIGHT_BYTES * kept + 2 * round(settings.compensated * n_buckets) * width
+    kept = {"sgd": 0, "adamw": 2 * head_parameters(n_buckets, width)}.get(rule, 2 * n_buckets)
+    return WEIGHT_BYTES * kept + 2 * round(compensated * n_buckets) * width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,10 +168,12 @@ def propose(
     delta: float = 0.01,
     hidden: int = WIDTH,
     active_features: int | None = None,
+    labels_a_sample: float = ONE_LABEL,
 ) -> Plan:
     """Propose B, R and D for K labels, so that training all repetitions at once fits a memory budget.
 
-    Without a budget: B as the configuration's `auto`, R the larger of the configuration's and what delta asks for, D as given.
+    Without a budget: B as the configuration's `auto`, R the larger of the configuration's and what delta asks for, D as given;
+    both depend on how many labels a sample has.
     To fit, first D is halved, down to 32, as no bound depends on it; then R falls to what delta asks for; then B is halved,
     down to 16, with the R that delta then asks for. The first sizes that fit are taken.
     Without `n_features` the encoders' input layers are left out of the count.
@@ -179,7 +182,7 @@ def propose(
     """
     features = n_features or 0
     cheapest = math.inf
-    for n_buckets, n_repetitions, width in _shrinking(n_labels, delta, hidden):
+    for n_buckets, n_repetitions, width in _shrinking(n_labels, delta, hidden, labels_a_sample):
         hashed = ensemble_cost(
             n_labels=n_labels,
             n_buckets=n_buckets,
@@ -187,6 +190,7 @@ def propose(
             hidden=width,
             n_features=features,
             active_features=active_features,
+            labels_a_sample=labels_a_sample,
         )
         cheapest = min(cheapest, hashed.training_bytes)
         if memory_bytes is None or hashed.training_bytes <= memory_bytes:
@@ -208,15 +212,15 @@ def propose(
     )
 
 
-def _shrinking(n_labels: int, delta: float, hidden: int) -> Iterator[tuple[int, int, int]]:
+def _shrinking(n_labels: int, delta: float, hidden: int, labels_a_sample: float) -> Iterator[tuple[int, int, int]]:
     """Give sizes (B, R, D) from the wanted ones to the smallest, in the order in which they are to be given up."""
     if hidden < 1:
         raise ConfigError(f"hidden={hidden} must be 1 or more")
     if not 2 <= n_labels <= MAX_LABELS:
         raise ConfigError(f"n_labels={n_labels} must lie in [2, {MAX_LABELS}]")
-    n_buckets = DEFAULTS.n_buckets(n_labels)
+    n_buckets = DEFAULTS.n_buckets(n_labels, labels_a_sample)
     least = repetitions_for(n_labels, n_buckets, delta)
-    most = max(DEFAULTS.repetitions, least)
+    most = max(DEFAULTS.n_repetitions(n_labels, labels_a_sample), least)
     yield n_buckets, most, hidden
     while hidden // 2 >= LEAST_HIDDEN:
         hidden //= 2

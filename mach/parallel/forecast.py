@@ -92,7 +92,8 @@ def step_seconds(
     rows = N * active * D * (row + width) + 2 * touched * D * row
     stored = HEAD_BYTES[config.head_storage()]
     copy = width if width < stored else 0
-    kept = 8 if config.head_rule() == "adamw" else 0  # of each weight; row by row it is next to nothing
+    rule = config.head_rule(sizes.n_labels, B, sizes.labels_a_sample)
+    kept = 8 if rule == "adamw" else 0  # of each weight; row by row it is next to nothing
     head = n * B * (config.bottleneck or D)
     return {
         "encoder": n * (rows / rates.bytes + product(6 * N * dense, 3 * width * dense)),
@@ -116,7 +117,7 @@ def forecast(
     samples: Samples | None = None,
 ) -> Forecast:  # fmt: skip
     """Forecast the training of all repetitions at once on a device of such rates, and of the second stage on known samples."""
-    n, products = config.n_repetitions(), resolve_precision(config.precision, device)
+    n, products = config.n_repetitions(sizes.n_labels, sizes.labels_a_sample), resolve_precision(config.precision, device)
     second = None if samples is None else second_stage(config, sizes, samples)
     return Forecast(
         peak_bytes=max(group_bytes(config, sizes, n, device=device), 0 if second is None else second.peak_bytes),

@@ -42,7 +42,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     products, width = resolve_precision(config.precision, device), config.bottleneck or D
     one = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config,
-        input_bytes=resolve_rows(config, sizes.features, products).itemsize,
+        labels_a_sample=sizes.labels_a_sample, input_bytes=resolve_rows(config, sizes.features, products).itemsize,
     )  # fmt: skip
     table = 0 if config.table == "identity" else one.table_bytes  # the identity is not held
     stays = one.training_bytes - one.table_bytes + table
@@ -78,7 +78,7 @@ def _storage(config: Config) -> torch.dtype:
 def group_size(config: Config, sizes: Sizes, *, free_bytes: int, n_workers: int, device: torch.device) -> int:
     """Give how many repetitions a worker may hold at once, if `n_workers` share the memory; at least one."""
     size = 1
-    while size < config.n_repetitions():
+    while size < config.n_repetitions(sizes.n_labels, sizes.labels_a_sample):
         if group_bytes(config, sizes, size + 1, device=device) * n_workers > SHARE * free_bytes:
             break
         size += 1

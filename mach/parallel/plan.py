@@ -46,6 +46,7 @@ def disk_bytes(
         n_features=config.feature_buckets or sizes.n_features,
         layers=config.layers,
         settings=config,
+        labels_a_sample=sizes.labels_a_sample,
         input_bytes=input_bytes,
     )
     checkpoint = cost.training_bytes - cost.table_bytes

@@ -18,7 +18,7 @@ from mach.config import Config
 from mach.data import Dataset
 from mach.errors import ConfigError, ModelError, Stopped
 from mach.files import clear_leftovers
-from mach.model import Model
+from mach.model import Model, Sizes
 from mach.parallel.comm import TIMEOUT_S, launched
 from mach.parallel.devices import devices_of
 from mach.parallel.memory import free_memory, group_size, is_out_of_memory, what_to_lower
@@ -26,7 +26,7 @@ from mach.parallel.plan import plan_groups
 from mach.parallel.progress import Watch
 from mach.parallel.ready import refuse_full_disk, underway
 from mach.parallel.rerank import rerank_if_wanted
-from mach.store.folder import Run, format_repetitions
+from mach.store.folder import Run, format_repetitions, sizes_of
 from mach.store.shards import is_cut
 from mach.train.checkpoint import FOLDER, checkpoint_path, read_progress, split_checkpoint
 from mach.train.group import Job, Left, train_group
@@ -68,7 +68,7 @@ def train(
              Stopped, a KeyboardInterrupt, after SIGTERM or Ctrl-C: each group has ended its step and written its checkpoint, and
              resume=True goes on. A second signal stops at once.
     """
-    wanted = _wanted(config, repetitions)
+    wanted = _wanted(config, sizes_of(config, dataset), repetitions)
     if launched().size > 1 or (out is not None and config.table == "identity" and is_cut(Path(out))):
         from mach.parallel.sharded import train_sharded  # here, as it goes through this file's checks
 
@@ -218,8 +218,9 @@ def _where(left: Sequence[Left]) -> str:
     )
 
 
-def _wanted(config: Config, repetitions: Sequence[int] | None) -> list[int]:
-    wanted = sorted(set(range(config.n_repetitions()) if repetitions is None else repetitions))
+def _wanted(config: Config, sizes: Sizes, repetitions: Sequence[int] | None) -> list[int]:
+    n_repetitions = config.n_repetitions(sizes.n_labels, sizes.labels_a_sample)
+    wanted = sorted(set(range(n_repetitions) if repetitions is None else repetitions))
     if not wanted or min(wanted) < 0:
         raise ConfigError(f"repetitions={wanted} must be numbers from 0 on, at least one")
     if config.table == "identity" and wanted != [0]:

@@ -107,7 +107,8 @@ def _peak_bytes(config: Config, sizes: Sizes, samples: Samples, listed: int, wei
     number or two a feature and thread, copies of samples, and the weights of each fit, of prototypes, and of samples by row and
     by feature. Both map the features.
     """
-    R, B, F, is_full = config.n_repetitions(), sizes.n_buckets, sizes.n_features, config.table == "identity"
+    R, B, F = config.n_repetitions(sizes.n_labels, sizes.labels_a_sample), sizes.n_buckets, sizes.n_features
+    is_full = config.table == "identity"
     products = resolve_precision(config.precision, CPU)
     model = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=R, hidden=sizes.hidden, n_features=config.feature_buckets or F,

@@ -52,13 +52,14 @@ def sizes_of(config: Config, dataset: Dataset) -> Sizes:
     """
     train = dataset.split("train")
     dense, labels = isinstance(train.features, np.ndarray), train.labels
+    labels_a_sample = labels.nnz / max(1, len(labels))
     sizes = Sizes(
         n_features=dataset.n_features,
         n_labels=dataset.n_labels,
-        n_buckets=config.n_buckets(dataset.n_labels),
+        n_buckets=config.n_buckets(dataset.n_labels, labels_a_sample),
         hidden=config.n_hidden(len(labels)),
         features="dense" if dense else "sparse",
-        labels_a_sample=labels.nnz / max(1, len(labels)),
+        labels_a_sample=labels_a_sample,
     )
     feature_buckets(config, sizes, [0])
     return sizes
@@ -113,18 +114,18 @@ class Run:
 
         Raises: ModelError if it is of another config or data set (names what differs), or cannot be written.
         """
-        path = Path(path)
-        facts = _facts(config, dataset)
+        path, sizes = Path(path), sizes_of(config, dataset)
+        facts, n_repetitions = _facts(config, dataset, sizes), config.n_repetitions(sizes.n_labels, sizes.labels_a_sample)
         try:
             if (path / MANIFEST).exists():
                 run = cls.open(path)
                 run._refuse_other(facts)
-                if config.n_repetitions() <= run.manifest["repetitions"]:
+                if n_repetitions <= run.manifest["repetitions"]:
                     return run
-                return run._write_manifest(dict(run.manifest) | {"repetitions": config.n_repetitions()})
+                return run._write_manifest(dict(run.manifest) | {"repetitions": n_repetitions})
             path.mkdir(parents=True, exist_ok=True)
             files = _copy_shared(dataset, path)
-            return cls(path, {})._write_manifest(facts | {"repetitions": config.n_repetitions(), "files": files})
+            return cls(path, {})._write_manifest(facts | {"repetitions": n_repetitions, "files": files})
         except OSError as error:
             raise ModelError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
 
@@ -354,9 +355,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
+def _facts(config: Config, dataset: Dataset, sizes: Sizes) -> dict[str, Any]:
     """Give the part of a manifest that every machine training this ensemble agrees on, and its key."""
-    sizes = sizes_of(config, dataset)
     settings = config.to_dict()
     del settings["repetitions"]  # which of them are here may differ
     table = table_of(config, sizes, [0], dataset.label_names).to_dict()

@@ -100,7 +100,7 @@ class Group:
         self.n_samples, self.n_held, self.held_out = _held_out(config, dataset)
         self.n_epochs = config.n_epochs(self.n_samples, sizes.n_buckets, sizes.labels_a_sample)
         self.n_steps = self.n_epochs * self.steps_per_epoch
-        self.rates = config.rates(self.n_samples, sizes.n_buckets, sizes.labels_a_sample)
+        self.rates = config.rates(self.n_samples, sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample)
         self.step = 0
         self.standings = [Standing() for _ in self.repetitions]
         self.packed = self._initial()
@@ -251,13 +251,13 @@ class Group:
 
     def _optimizer(self) -> Optimizer:
         """Make the optimiser, with the head's rule and the buckets whose rounding is compensated."""
-        config, slots = self.config, None
-        if n := round(config.compensated * self.sizes.n_buckets):
-            slots = slots_of(self.train.labels, self.table, self.sizes.n_buckets, n).to(self.device)
+        config, sizes, slots = self.config, self.sizes, None
+        if n := round(config.compensated * sizes.n_buckets):
+            slots = slots_of(self.train.labels, self.table, sizes.n_buckets, n).to(self.device)
         rule = Rule(
-            kind=config.head_rule(), rate=0.0, weight_decay=config.head_decay(), step=0,
-            seed=seed_of(config.seed, "rounding"), repetitions=tuple(self.repetitions),
-            first=self.outputs.start if self.outputs else 0,
+            kind=config.head_rule(sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample), rate=0.0, step=0,
+            weight_decay=config.head_decay(), seed=seed_of(config.seed, "rounding"),
+            repetitions=tuple(self.repetitions), first=self.outputs.start if self.outputs else 0,
         )  # fmt: skip
         return Optimizer(
             self.packed.parameters, weight_decay=config.weight_decay, row_wise=INPUT, head=rule, slots_RB=slots,

@@ -13,7 +13,7 @@ from mach.parallel.forecast import Rates, forecast, measure_rates, step_seconds
 from mach.parallel.memory import group_bytes
 
 CPU = torch.device("cpu")
-SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, hidden=32, features="sparse", labels_a_sample=1.0)
+SIZES = Sizes(n_features=1000, n_labels=500, n_buckets=64, hidden=32, features="sparse", labels_a_sample=2.0)
 CONFIG = Config(hidden=32, batch_size=10, layers=1, repetitions=3)
 AT_ONCE = Rates(flops=1e30, bytes=1.0)  # only bytes count, one a second
 

@@ -47,6 +47,9 @@ def test_the_bytes_of_a_group_are_counted_by_hand():
     hidden, outputs, gradient = 3 * 10 * 32 * 16, 3 * 10 * 64 * 2, 3 * 64 * 32 * 2
     comes_and_goes = weights + hidden + outputs * (1 + 3 * 2) + 2 * gradient + (2 << 20)  # a chunk of the weights lies apart
     assert group_bytes(config, SIZES, 3, device=CPU) == memory.PROCESS_BYTES + stays + comes_and_goes
+    one_label = dataclasses.replace(SIZES, labels_a_sample=1.0)
+    by_row = memory.PROCESS_BYTES + stays - 3 * 4 * (2 * (64 * 32 + 64) - 2 * 64) + comes_and_goes  # a number an output each
+    assert group_bytes(config, one_label, 3, device=CPU) == by_row
 
 
 def test_the_settings_of_the_head_are_counted_by_hand():
@@ -73,7 +76,8 @@ def test_the_settings_of_the_head_are_counted_by_hand():
 
 
 def test_what_buckets_are_learnt_from_counts_where_it_is_most():
-    config, few = Config(hidden=32), group_bytes(Config(hidden=32), SIZES, 1, device=CPU)
+    config = Config(hidden=32, head_optimizer="adamw")
+    few = group_bytes(config, SIZES, 1, device=CPU)
     one = dataclasses.replace(SIZES, labels_a_sample=1.0)
     assert group_bytes(config, one, 1, device=CPU) == few
     many = dataclasses.replace(one, n_labels=100_000)

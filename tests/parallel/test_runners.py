@@ -89,7 +89,7 @@ def test_the_full_head_is_one_repetition(tiny, tmp_path):
         train(config, tiny, tmp_path / "run", repetitions=[0, 1])
     model = train(config, tiny, tmp_path / "run")
     assert (len(model.repetitions), model.sizes.n_buckets, model.table.is_identity) == (1, 40, True)
-    assert Run.open(tmp_path / "run").config.n_repetitions() == 1
+    assert Run.open(tmp_path / "run").config.repetitions == 1
 
 
 @pytest.mark.parametrize(

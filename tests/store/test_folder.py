@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open
+from scipy import sparse
 
 from mach.config import Config
 from mach.data import Dataset, bundled, prepare, write_dataset
@@ -374,6 +375,21 @@ def test_a_run_of_another_hash_is_refused(run, tiny):
 def test_the_data_decide_the_width(tiny, tmp_path, table, width):
     model = train(Config(table=table, buckets=13, repetitions=1, epochs=1), tiny, tmp_path / "run", device="cpu")
     assert model.sizes.hidden == width and model.repetitions[0].parameters["input.weight"].shape[-1] == width
+
+
+@pytest.mark.parametrize(("labels", "buckets", "repetitions"), [(1, 1024, 2), (3, 256, 8)])
+def test_the_data_decide_buckets_and_repetitions(tmp_path, labels, buckets, repetitions):
+    """Of 2,000 labels."""
+    rng = np.random.default_rng(0)
+    X, Y = sparse.random_array((30, 9), density=0.5, rng=rng), np.zeros((30, 2000), np.float32)
+    for row in Y:
+        row[rng.choice(2000, labels, replace=False)] = 1
+    dataset = write_dataset(tmp_path / "data", {"train": (X, Y)})
+    run = Run.create(tmp_path / "run", Config(), dataset)
+    assert (run.sizes.n_buckets, run.config.repetitions, run.config.buckets) == (buckets, repetitions, "auto")
+    for asked, there in ((11, 11), (3, 11), ("auto", 11)):
+        again = Run.create(tmp_path / "run", Config(repetitions=asked), dataset)
+        assert (again.config.repetitions, again.manifest["key"]) == (there, run.manifest["key"])
 
 
 def test_a_run_of_before_widths_were_decided_by_the_data_is_read(run):

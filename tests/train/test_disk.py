@@ -65,7 +65,8 @@ def test_the_estimate_is_what_is_written(request, features, tmp_path, monkeypatc
     monkeypatch.setattr(group, "_finish", finished)
     monkeypatch.setattr(checkpoint, "save_file", saved)
     train(config, dataset, tmp_path / "run", checkpoint_s=0)
-    repetitions, sizes = list(range(config.n_repetitions())), sizes_of(config, dataset)
+    sizes = sizes_of(config, dataset)
+    repetitions = list(range(config.n_repetitions(sizes.n_labels, sizes.labels_a_sample)))
     width = resolve_rows(config, sizes.features, resolve_precision(config.precision, torch.device("cpu"))).itemsize
     estimate = disk_bytes(config, sizes, [repetitions], n_workers=1, input_bytes=width)
     written = most[0] + extra[-1]  # with the temporary file beside the checkpoint

@@ -142,7 +142,7 @@ def test_a_device_is_judged_a_step_late_and_its_own_step_is_named(monkeypatch):
 
     monkeypatch.setattr(finite, "_send", send)
     watch, places = (
-        FiniteWatch(CONFIG, CONFIG.rates(200, 16, 2), [3, 5]),
+        FiniteWatch(CONFIG, CONFIG.rates(200, 40, 16, 2), [3, 5]),
         [Place(i, 21, 1, np.arange(10) + i) for i in range(1, 5)],
     )
     good, bad = Late(1.0, 2.0), Late(1.0, INF)

@@ -52,7 +52,8 @@ CASES = [
 
 def group_of(config, dataset):
     sizes = sizes_of(config, dataset)
-    return Group(config, dataset, sizes, table_of(config, sizes, range(config.n_repetitions()), dataset.label_names), CPU)
+    numbers = range(config.n_repetitions(sizes.n_labels, sizes.labels_a_sample))
+    return Group(config, dataset, sizes, table_of(config, sizes, numbers, dataset.label_names), CPU)
 
 
 @pytest.mark.parametrize("products", ["auto", "float8"])
@@ -89,21 +90,23 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_is_read_back(tiny, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(groups.Group, "_step", stopped)
         train(config, tiny, tmp_path / "cut", checkpoint_s=0)
-    with safe_open(checkpoint_path(tmp_path / "cut", range(config.n_repetitions())), framework="pt") as file:
+    numbers, sizes = Run.open(tmp_path / "whole").finished(), sizes_of(config, tiny)
+    rule = config.head_rule(sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample)
+    with safe_open(checkpoint_path(tmp_path / "cut", numbers), framework="pt") as file:
         names = set(file.keys())
     assert ("optimizer.head.weight.lost" in names) == ("compensated" in settings)
-    assert ("optimizer.head.weight.second" in names) == (config.head_rule() != "sgd")
-    assert ("optimizer.head.weight.first" in names) == (config.head_rule() == "adamw")
+    assert ("optimizer.head.weight.second" in names) == (rule != "sgd")
+    assert ("optimizer.head.weight.first" in names) == (rule == "adamw")
     model = train(config, tiny, tmp_path / "cut", resume=True)
     stored = {"bfloat16": torch.bfloat16, "float8": FLOAT8}[config.head_storage()]
-    for r in range(config.n_repetitions()):
+    for r in numbers:
         whole, cut = (load_file(Run.open(tmp_path / name).weights_path(r)) for name in ("whole", "cut"))
         assert all(torch.equal(whole[name].view(torch.uint8), cut[name].view(torch.uint8)) for name in whole)
         assert cut["head.weight"].dtype == stored and cut["head.weight"].shape[1] == (config.bottleneck or config.hidden)
         assert {cut[name].dtype for name in cut if name not in ("head.weight", INPUT)} == {torch.float32}
     features = tiny.split("test").features
     again = load(tmp_path / "cut", device="cpu")
-    assert again.config == config.replace(repetitions=config.n_repetitions())
+    assert again.config == config.replace(repetitions=len(numbers))
     np.testing.assert_array_equal(again.bucket_logits(features), model.bucket_logits(features))
 
 

@@ -29,7 +29,7 @@ SOLVING = SMALL.replace(hidden=32, epochs=20, batch_size=16, learning_rate=0.02,
 
 def group_of(config, dataset, repetitions=None, dtype=torch.float32):
     sizes = sizes_of(config, dataset)
-    numbers = repetitions if repetitions is not None else range(config.n_repetitions())
+    numbers = repetitions if repetitions is not None else range(config.n_repetitions(sizes.n_labels, sizes.labels_a_sample))
     return Group(config, dataset, sizes, table_of(config, sizes, numbers, dataset.label_names), CPU, dtype)
 
 

@@ -68,7 +68,8 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
     second_F = np.zeros(len(weights[INPUT]))
     per_epoch = -(-len(X) // config.batch_size)
     n_epochs = config.n_epochs(len(X), sizes.n_buckets, sizes.labels_a_sample)
-    rates = config.rates(len(X), sizes.n_buckets, sizes.labels_a_sample)
+    rates = config.rates(len(X), sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample)
+    rule = config.head_rule(sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample)
     losses, n_head = [], 0
     for step in range(n_steps):
         epoch, place = divmod(step, per_epoch)
@@ -92,7 +93,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
             value += loss.item() * len(narrow) / len(rows)
             for name, leaf in own.items():
                 how = {"step": n_head, "rate": share * rates.head, "weight_decay": config.head_decay()}
-                head_reference(config.head_rule(), weights[name], moments[name], leaf.grad.numpy(), **how)
+                head_reference(rule, weights[name], moments[name], leaf.grad.numpy(), **how)
         h.backward(gradient_h)
         losses.append(value)
         for name, leaf in leaves.items():

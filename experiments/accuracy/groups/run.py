@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, dataset: Dataset, config: mach.Config, out: Path):
         self.dataset, self.config, self.out = dataset, config, out
         self.sizes = sizes_of(config, dataset)
-        self.K, self.B, self.R = self.sizes.n_labels, self.sizes.n_buckets, config.repetitions
+        self.K, self.B, self.R = self.sizes.n_labels, self.sizes.n_buckets, int(config.repetitions)
         train = dataset.split("train")
         X, labels = train.features.to_scipy().astype(np.float32), train.labels
         lengths = np.sqrt(np.maximum(np.asarray(X.multiply(X).sum(1)).ravel(), 1e-30))

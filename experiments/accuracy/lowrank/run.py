@@ -31,6 +31,7 @@ from sklearn.utils.extmath import randomized_svd
 
 import mach
 from mach.compare.rows import this_machine
+from mach.config import REPETITIONS
 from mach.data import CSR, Dataset, take, take_rows
 from mach.decoding import TopK
 from mach.decoding.rerank import fit_margins
@@ -222,7 +223,7 @@ def measure(dataset: Dataset, out: Path, config: mach.Config, depths: list[int])
     fitted = np.setdiff1d(np.arange(split.n_samples), held)
     train, labels = of_length_one(take(split.features, fitted)), take_rows(split.labels, fitted)
     features, truth = of_length_one(take(judged.features, rows)), take_rows(judged.labels, rows)
-    R, mean = config.repetitions, math.ceil(model.sizes.labels_a_sample)
+    R, mean = len(model.repetitions), math.ceil(model.sizes.labels_a_sample)
     weights_K = propensities(np.bincount(split.labels.indices, minlength=dataset.n_labels), split.n_samples)
     longest = max(depths)
     lists = decode(model, train, min(longest + mean, dataset.n_labels)).labels
@@ -307,7 +308,7 @@ def main() -> None:
             out = args.out / f"{source.name}-{seed}-{args.epochs}-{args.hidden}"
             known = out / f"lowrank-{'-'.join(map(str, args.depths))}.json"
             if not known.exists():
-                fixed = {"rerank": 0, "validation": 0.0 if "dev" in dataset.split_names else 0.1}
+                fixed = {"rerank": 0, "repetitions": REPETITIONS, "validation": 0.0 if "dev" in dataset.split_names else 0.1}
                 fixed["buckets"] = mach.Config().n_buckets(dataset.n_labels)
                 config = mach.Config(seed=seed, epochs=args.epochs, hidden=args.hidden, **fixed)
                 known.write_text(json.dumps(measure(dataset, out, config, args.depths)))

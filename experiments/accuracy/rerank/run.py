@@ -52,7 +52,7 @@ def measure(source: Path, out: Path, seed: int) -> None:
     rows = np.arange(measured.n_samples) if has_dev else held
     features, truth = take(measured.features, rows), take_rows(measured.labels, rows)
     fitted = np.setdiff1d(np.arange(train.n_samples), held)
-    R, mean = config.repetitions, math.ceil(model.sizes.labels_a_sample)
+    R, mean = len(model.repetitions), math.ceil(model.sizes.labels_a_sample)
     top = shortlists(model, features, min(100, dataset.n_labels))
     long = shortlists(model, take(train.features, fitted), min(2 * DEPTH + mean, dataset.n_labels)).labels
     right = hits(top.labels[:, :DEPTH], truth).astype(bool)

@@ -19,7 +19,7 @@ import numpy as np
 from mach.draw import INK, LINE, MUTED, PALETTE
 
 FULL = ("full", "full-64", "full-reranked", "full-64-reranked")
-HEADS = ("ours", "half", "wide", "quarter", "published", *FULL)  # the others are peers
+HEADS = ("ours", "eight", "half", "wide", "quarter", "published", *FULL)  # the others are peers
 DRAWN = {
     "ours": (PALETTE[0], "o"),
     "half": (PALETTE[5], "o"),

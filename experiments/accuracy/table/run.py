@@ -3,10 +3,11 @@
     python experiments/accuracy/table/run.py DATA [DATA ...] --out runs/accuracy [--heads ours,full] [--seeds 0,1,2] [--dev alike]
 
 DATA are folders of XC-repository text with train.txt, test.txt and perhaps dev.txt. "ours" is `mach train` without flags, but for
-rows of the input layer in bfloat16 also where that is not the default, so that sizes are the same everywhere; "published" the
-same hashed at random and without its second stage, which is MACH as its authors have it: where ours is hashed at random, that is
-measured with it, else it is to be asked for; "half" ours with four repetitions; "wide" ours of the full head's width, which is
-another where samples are few; "quarter" ours with a quarter of the full head's output parameters in all. "full" is the full head
+rows of the input layer in bfloat16 also where that is not the default, so that sizes are the same everywhere; "wide" ours of the
+full head's width, which is another where samples are few. "eight" is eight repetitions of about 8 sqrt(K) buckets by AdamW, as
+ours is but where a sample names one label; "half" the same with four repetitions, "quarter" with a quarter of the full head's
+output parameters in all, and "published" hashed at random and without its second stage, which is MACH as its authors have it:
+where ours is the same but for the second stage, that is measured with it, else it is to be asked for. "full" is the full head
 without a second stage, "full-64" with a bottleneck of 64 before its outputs; both stages have
 "full-reranked" and "full-64-reranked".
 With --dev alike, a twentieth of train, whole groups of look-alikes, is held out to choose cost and weight of the second stage by,
@@ -30,18 +31,20 @@ METRICS = (("P@1", "P@3", "P@5"), ("PSP@1", "PSP@3", "PSP@5"), ("R@10",), ("R@10
 
 def configurations(n_labels: int, n_samples: int, seed: int) -> dict[str, mach.Config]:
     ours = mach.Config(seed=seed, input_precision="bfloat16")
+    eight = ours.replace(repetitions=8, buckets=ours.n_buckets(n_labels), head_optimizer="adamw")
     full = ours.replace(table="identity", rerank=0)
-    quarter = n_labels * full.n_hidden(n_samples) // (4 * ours.repetitions * ours.n_hidden(n_samples))
+    quarter = n_labels * full.n_hidden(n_samples) // (4 * 8 * eight.n_hidden(n_samples))
     return {
         "ours": ours,
-        "published": ours.replace(grouped=0, rerank=0),
-        "half": ours.replace(repetitions=4),
         "wide": ours.replace(hidden=full.n_hidden(n_samples)),
+        "eight": eight,
+        "published": eight.replace(grouped=0, rerank=0),
+        "half": eight.replace(repetitions=4),
         "full": full,
         "full-64": full.replace(bottleneck=64),
         "full-reranked": full.replace(rerank="auto"),
         "full-64-reranked": full.replace(bottleneck=64, rerank="auto"),
-        "quarter": ours.replace(buckets=max(2, quarter)),
+        "quarter": eight.replace(buckets=max(2, quarter)),
     }
 
 

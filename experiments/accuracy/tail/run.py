@@ -33,6 +33,7 @@ from sklearn.linear_model import LogisticRegression
 
 import mach
 from mach.compare.rows import this_machine
+from mach.config import REPETITIONS
 from mach.data import CSR, Dataset, take, take_rows, write_dataset
 from mach.decoding import TopK
 from mach.decoding.rerank import DEFAULT_WEIGHT, Reranker, SparseWeights, fit_margins
@@ -155,7 +156,7 @@ def measure(dataset: Dataset, names: CSR | None, out: Path, config: mach.Config,
     features, truth = of_length_one(take(judged.features, rows)), take_rows(judged.labels, rows)
     counts_K = np.bincount(labels.indices, minlength=K)
     weights_K = propensities(np.bincount(split.labels.indices, minlength=K), split.n_samples)
-    R, listed, found = config.repetitions, min(K, DEPTHS[0] + math.ceil(model.sizes.labels_a_sample)), {}
+    R, listed, found = len(model.repetitions), min(K, DEPTHS[0] + math.ceil(model.sizes.labels_a_sample)), {}
 
     def figures(labels_Nk: np.ndarray) -> dict[str, float]:
         evaluator = Evaluator(K, propensities=weights_K)
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--repetitions", type=int, default=mach.Config().repetitions)
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--quick", action="store_true", help="train no ensemble on names")
     args = parser.parse_args()
