@@ -13,6 +13,7 @@ The manifest is written last: a folder without it is not a data set.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from mach.files import checksum, read_json
 FORMAT = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test", "dev")
+HEADERS = threading.Lock()  # numpy reads them by ast, which CPython 3.11 cannot do in several threads at once (its issue 106905)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +131,8 @@ class Dataset:
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         try:
-            array: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            with HEADERS:
+                array: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: is damaged: {name}.npy cannot be mapped ({error}); prepare it again") from error
         return array.view(np.ndarray)
