@@ -1,16 +1,21 @@
-"""Files that are whole or absent: atomic writes, checksums, JSON."""
+"""Files that are whole or absent: atomic writes, checksums, JSON, mapped arrays."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
+
+_HEADERS = threading.Lock()  # numpy reads them by ast, which CPython 3.11 cannot do in several threads at once (its issue 106905)
 
 
 @contextmanager
@@ -90,3 +95,13 @@ def checksum(path: str | Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """Map an npy file into memory, to read; any number of threads may.
+
+    Raises: OSError if it cannot be read, ValueError if it is no such file.
+    """
+    with _HEADERS:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array.view(np.ndarray)

@@ -311,6 +311,8 @@ def test_flags_go_before_the_file(works, tiny, tmp_path):
     config = Run.open(tmp_path / "run").config
     assert (config.buckets, config.hidden, config.repetitions, config.seed) == (13, 8, 2, 5)
     assert (config.loss, config.normalize, config.dropout) == ("softmax", False, "auto")
+    works("train", tiny.path, "--out", tmp_path / "auto", "--config", file, "--repetitions", "auto")
+    assert Run.open(tmp_path / "auto").finished() == list(range(8))
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(works, fails, mach, tiny, run, tmp_path, monkeypatch):

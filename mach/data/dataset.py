@@ -13,13 +13,11 @@ The manifest is written last: a folder without it is not a data set.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import xxhash
 
@@ -27,12 +25,11 @@ from mach.data.csr import CSR, Floats
 from mach.data.strings import Strings
 from mach.data.text import TextVectorizer
 from mach.errors import DataError
-from mach.files import checksum, read_json
+from mach.files import checksum, map_array, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test", "dev")
-HEADERS = threading.Lock()  # numpy reads them by ast, which CPython 3.11 cannot do in several threads at once (its issue 106905)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,11 +128,9 @@ class Dataset:
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         try:
-            with HEADERS:
-                array: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return map_array(self.path / f"{name}.npy")
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: is damaged: {name}.npy cannot be mapped ({error}); prepare it again") from error
-        return array.view(np.ndarray)
 
     def _csr(self, name: str, n_columns: int) -> CSR:
         values = self._array(f"{name}_values") if f"{name}_values.npy" in self.manifest["files"] else None

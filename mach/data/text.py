@@ -6,16 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mach.data.csr import CSR, Columns, Floats, Ints
 from mach.data.grams import Grams, Span
 from mach.data.threads import ordered
 from mach.errors import ConfigError, DataError
-from mach.files import atomic, read_json, write_json
+from mach.files import atomic, map_array, read_json, write_json
 from mach.kernels import jit
 
 FORMAT = 1
@@ -108,7 +106,7 @@ class TextVectorizer:
                 )
             spans = {name: stored[name] and tuple(stored[name]) for name in ("word_ngrams", "char_ngrams")}
             grams = Grams(**spans, hash_bits=stored["hash_bits"])
-            kept, weights = _mapped(folder / "kept.npy"), _mapped(folder / "weights.npy")
+            kept, weights = map_array(folder / "kept.npy"), map_array(folder / "weights.npy")
         except (OSError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: is not a stored vectorizer ({error})") from error
         except DataError:
@@ -118,11 +116,6 @@ class TextVectorizer:
         if not len(kept) == len(weights) == stored["n_features"]:
             raise DataError(f"{folder}: the stored vectorizer is broken (its arrays differ in length)")
         return cls(grams, kept, weights)
-
-
-def _mapped(path: Path) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array.view(np.ndarray)
 
 
 @jit

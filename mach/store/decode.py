@@ -24,7 +24,7 @@ from mach.data.strings import Strings
 from mach.decoding import TopK, decode_scores, estimator_for
 from mach.decoding.estimators import bucket_scores
 from mach.errors import ConfigError, DataError, ModelError
-from mach.files import checksum
+from mach.files import checksum, map_array
 from mach.hashing import LabelTable
 from mach.model import DEFAULT_ESTIMATOR, Model, chunk_rows
 from mach.store.folder import Run, format_repetitions
@@ -131,7 +131,7 @@ class Pieces:
             try:
                 if checksum(folder / name) != known:
                     raise DataError(f"{folder / name}: has changed; copy it from the run folder")
-                arrays[name] = np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+                arrays[name] = map_array(folder / name)
             except OSError as error:
                 raise DataError(f"{folder / name}: cannot be read ({error}); copy it from the run folder") from error
         return Strings(arrays["label_names_offsets.npy"], arrays["label_names_blob.npy"])

@@ -33,7 +33,7 @@ from mach.data import Dataset, TextVectorizer
 from mach.data.strings import Strings
 from mach.decoding.rerank import Reranker
 from mach.errors import ConfigError, ModelError
-from mach.files import atomic, checksum, read_json, write_json
+from mach.files import atomic, checksum, map_array, read_json, write_json
 from mach.hashing import LabelTable
 from mach.hashing.grouping import is_grouped
 from mach.model import Model, Packed, Sizes, feature_buckets
@@ -292,10 +292,9 @@ class Run:
 
     def _array(self, name: str) -> np.ndarray:
         try:
-            array: np.ndarray = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+            return map_array(self.path / name)
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.path / name}: cannot be read ({error}); copy it from another part of this run") from error
-        return array.view(np.ndarray)
 
     def _vectorizer(self) -> TextVectorizer | None:
         return TextVectorizer.load(self.path / "vectorizer") if "vectorizer/vectorizer.json" in self.manifest["files"] else None

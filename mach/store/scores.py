@@ -37,7 +37,7 @@ from mach.data import Dataset, take
 from mach.decoding.estimators import bucket_scores
 from mach.decoding.topk import topk_identity
 from mach.errors import ConfigError, DataError
-from mach.files import atomic, checksum, clear_leftovers, read_json, write_json
+from mach.files import atomic, checksum, clear_leftovers, map_array, read_json, write_json
 from mach.hashing.table import bucket_dtype
 from mach.model import Model
 from mach.store.folder import Run, versions
@@ -71,10 +71,9 @@ class Piece:
         Raises: DataError if it cannot be mapped.
         """
         try:
-            array: npt.NDArray[Any] = np.load(self.file(part), mmap_mode="r", allow_pickle=False)
+            return map_array(self.file(part))
         except (OSError, ValueError) as error:
             raise DataError(f"{self.file(part)}: cannot be mapped ({error}); score {self.name} again") from error
-        return array.view(np.ndarray)
 
     def trouble(self, *, by_checksum: bool = False) -> str:
         """Say what is wrong with the arrays, in their sizes or in every byte; nothing if all is well."""
