@@ -266,6 +266,11 @@ class Config:
             return "rowwise-adam" if self.table == "identity" or _unmixed(n_labels, n_outputs, labels_a_sample) else "adamw"
         return self.head_optimizer
 
+    def suits_full_head(self, n_labels: int, n_buckets: int, labels_a_sample: float) -> bool:
+        """Tell whether samples name one of so many labels that buckets stay mixtures, and a full head would be more accurate."""
+        most = max(n_buckets, MORE_BUCKETS * _usual_buckets(n_labels))
+        return self.table == "hashed" and labels_a_sample < ONE_LABEL and n_labels > MOST_MIXED * most
+
     def rates(self, n_samples: int, n_labels: int, n_outputs: int, labels_a_sample: float) -> Rates:
         """Resolve the peak step sizes for so many training samples and a head of so many outputs for K labels.
 
