@@ -1,9 +1,10 @@
 """What does the second stage bring, and which settings suit it? Ensembles of the defaults, a grid of re-rankers on each.
 
-    python experiments/accuracy/rerank/run.py DATA [DATA ...] --out runs/rerank
+    python experiments/accuracy/rerank/run.py DATA [DATA ...] --out runs/rerank [--seeds 0,1,2]
 
 DATA are folders of XC-repository text. Measured on their dev.txt if there is one, else on a tenth of train.txt that is held out
-of everything. Test splits are not read. Prints a Markdown table for each: P@1 / P@3 / P@5 by cost, labels listed and weight.
+of everything. Test splits are not read. Prints a Markdown table for each: P@1 / P@3 / P@5 by cost, labels listed and weight, the
+means of the seeds.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ def shortlists(model: mach.Model, features: CSR, k: int) -> TopK:
     return TopK(np.concatenate([part.labels for part in parts]), np.concatenate([part.scores for part in parts]))
 
 
-def precision(labels: np.ndarray, truth: CSR) -> str:
-    return " / ".join(f"{100 * mach.precision_at_k(labels, truth, k):.2f}" for k in (1, 3, 5))
+def precision(labels: np.ndarray, truth: CSR) -> np.ndarray:
+    return np.array([100 * mach.precision_at_k(labels, truth, k) for k in (1, 3, 5)])
 
 
-def measure(source: Path, out: Path, seed: int) -> None:
+def measure(source: Path, out: Path, seed: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Give the precision of decoding alone, what each row of the grid is, and its numbers.
+
+    These are million weights, seconds, the chosen weight, and precision by each of the weights and by the chosen one.
+    """
     dataset: Dataset = mach.prepare(source, out / f"{source.name}.data")
     has_dev = "dev" in dataset.split_names
     config = mach.Config(seed=seed, rerank=0, validation=0.0 if has_dev else 0.1)
@@ -56,10 +61,7 @@ def measure(source: Path, out: Path, seed: int) -> None:
     top = shortlists(model, features, min(100, dataset.n_labels))
     long = shortlists(model, take(train.features, fitted), min(2 * DEPTH + mean, dataset.n_labels)).labels
     right = hits(top.labels[:, :DEPTH], truth).astype(bool)
-    print(f"\n## {source.name}, seed {seed}: {len(rows):,} samples of {'dev' if has_dev else 'train, held out'}\n")
-    print(f"| cost | listed | weights, million | s | {' | '.join(f'weight {w:g}' for w in WEIGHTS)} | chosen weight |")
-    print("|" + "---|" * (len(WEIGHTS) + 5))
-    print(f"| decoding alone | | | | {' | '.join([precision(top.labels, truth)] + [''] * len(WEIGHTS))} |")
+    names, grid = [], []
     for cost in COSTS:
         for listed in (DEPTH, DEPTH + mean, 2 * DEPTH + mean):
             lists = long[:, : min(listed, long.shape[1])]
@@ -70,22 +72,38 @@ def measure(source: Path, out: Path, seed: int) -> None:
             scores, n_true = top.scores[:, :DEPTH] / R, np.diff(truth.indptr)
             gained = {weight: ndcg(scores + weight * margins, right, n_true).mean() for weight in judge.WEIGHTS}
             best = max(gained, key=gained.__getitem__)
-            cells = [f"{cost:g}", str(listed), f"{found.n_parameters / 1e6:.2f}", f"{seconds:.1f}"]
-            for weight in (*WEIGHTS, best):
-                ordered = Reranker(found, DEPTH, weight).rerank(features, top, 5, R)
-                cells.append(precision(ordered.labels, truth) + (f" (at {weight:.2f})" if weight == best else ""))
-            print(f"| {' | '.join(cells)} |", flush=True)
+            ordered = [Reranker(found, DEPTH, weight).rerank(features, top, 5, R).labels for weight in (*WEIGHTS, best)]
+            figures = [precision(labels, truth) for labels in ordered]
+            names.append(f"{cost:g} | {listed}")
+            grid.append(np.concatenate([[found.n_parameters / 1e6, seconds, best], *figures]))
+    return precision(top.labels, truth), names, np.stack(grid)
+
+
+def show(results: list[tuple[np.ndarray, list[str], np.ndarray]]) -> None:
+    """Print a table of the means over seeds."""
+
+    def cell(figures: np.ndarray) -> str:
+        return " / ".join(f"{x:.2f}" for x in figures)
+
+    print(f"| cost | listed | weights, million | s | {' | '.join(f'weight {w:g}' for w in WEIGHTS)} | chosen weight |")
+    print("|" + "---|" * (len(WEIGHTS) + 5))
+    alone, (_, names, _), grid = np.mean([each[0] for each in results], 0), results[0], np.mean([each[2] for each in results], 0)
+    print(f"| decoding alone | | | | {' | '.join([cell(alone)] + [''] * len(WEIGHTS))} |")
+    for name, (million, seconds, best, *figures) in zip(names, grid, strict=True):
+        cells = [cell(each) for each in np.reshape(figures, (-1, 3))]
+        print(f"| {name} | {million:.2f} | {seconds:.1f} | {' | '.join(cells)} (at {best:.2f}) |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in this_machine().items()))
     for source in args.data:
-        measure(source, args.out, args.seed)
+        print(f"\n## {source.name}, seeds {args.seeds}\n")
+        show([measure(source, args.out, seed) for seed in map(int, args.seeds.split(","))])
 
 
 if __name__ == "__main__":
