@@ -30,7 +30,9 @@ MANY_SAMPLES = 50_000  # too many for a repetition to learn by heart: see experi
 MANY_LABELS = 2.0  # a sample, from which labels that look alike go together, and one bucket cannot tell them apart
 REPETITIONS, LEAST_REPETITIONS = 8, 2
 ONE_LABEL = 1.5  # a sample, below which most name but one, and a bucket of many rare ones is a mixture that is hard to learn
-MORE_BUCKETS, MOST_MIXED = 4, 8  # times, there, if a bucket then has at most 8 labels: see experiments/accuracy/buckets
+MORE_BUCKETS, FEW_MIXED = 4, 4  # times, there, if a bucket then has at most 4 labels: see experiments/accuracy/buckets
+SHARED, BOTTLENECK = 2, 64  # labels a bucket where it would have more, and the width before such a head
+MOST_MIXED = 8  # labels a bucket, there, for fewer repetitions than 8, row by row
 MOST_GROUPED = 1_000_000  # labels, whose directions take 2 GB: see mach/hashing/grouping.py
 HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
 
@@ -66,8 +68,8 @@ class Config:
     )
     buckets: int | Literal["auto"] = _setting(
         AUTO,
-        "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K), and four times as many where a training sample "
-        "has fewer than 1.5 labels and a bucket then at most 8",
+        "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K); where a training sample has fewer than 1.5 "
+        "labels, of at most a million, four times as many, or, if a bucket then had more than 4 labels, K/2",
         2,
     )
     repetitions: int | Literal["auto"] = _setting(
@@ -85,7 +87,12 @@ class Config:
     dropout: float | Literal["auto"] = _setting(
         AUTO, "share of the hidden vector dropped while training; auto: 0.3 for fewer than 50,000 samples, else none", 0, 0.99
     )
-    bottleneck: int = _setting(0, "width of a linear layer between hidden vector and head, which is then so wide; 0: none", 0)
+    bottleneck: int | Literal["auto"] = _setting(
+        AUTO,
+        "width of a linear layer between hidden vector and head, which is then so wide; 0: none; auto: 64 where buckets=auto is "
+        "K/2 and there are so many, else none",
+        0,
+    )
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
 
     feature_buckets: int = _setting(
@@ -212,7 +219,7 @@ class Config:
         return self.from_dict({**self.to_dict(), **changes})
 
     def n_buckets(self, n_labels: int, labels_a_sample: float = ONE_LABEL) -> int:
-        """Resolve B for K labels: K for the identity table, for `auto` a power of two near 8 sqrt(K), or near four times that.
+        """Resolve B for K labels: K for the identity table, for `auto` a power of two near 8 sqrt(K), or more.
 
         Raises: ConfigError if B exceeds K.
         """
@@ -220,8 +227,9 @@ class Config:
             return n_labels
         if self.buckets == AUTO:
             usual = _usual_buckets(n_labels)
-            more = MORE_BUCKETS * usual
-            return max(2, min(n_labels, more if _unmixed(n_labels, more, labels_a_sample) else usual))
+            if labels_a_sample < ONE_LABEL and n_labels <= MOST_GROUPED:
+                usual = -(-n_labels // SHARED) if _are_many(n_labels) else MORE_BUCKETS * usual
+            return max(2, min(n_labels, usual))
         buckets = int(self.buckets)
         if buckets > n_labels:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
@@ -232,6 +240,16 @@ class Config:
         if self.hidden != AUTO:
             return int(self.hidden)
         return FEW_WIDTH if n_samples < MANY_SAMPLES and self.table == "hashed" else WIDTH
+
+    def n_bottleneck(self, n_labels: int, n_outputs: int, labels_a_sample: float, hidden: int) -> int:
+        """Resolve the width before a head of so many outputs for K labels, over hidden vectors of width D; 0 is none.
+
+        Where samples name one of many labels, outputs of few numbers each do more than few outputs of many, for the same work.
+        """
+        if self.bottleneck != AUTO:
+            return int(self.bottleneck)
+        is_fine = self.table == "hashed" and labels_a_sample < ONE_LABEL and n_labels <= SHARED * n_outputs
+        return BOTTLENECK if is_fine and n_labels <= MOST_GROUPED and _are_many(n_labels) and hidden > BOTTLENECK else 0
 
     def share_dropped(self, n_samples: int) -> float:
         """Resolve the share of the hidden vector that is dropped while so many samples are trained on."""
@@ -265,11 +283,6 @@ class Config:
         if self.head_optimizer == "auto":
             return "rowwise-adam" if self.table == "identity" or _unmixed(n_labels, n_outputs, labels_a_sample) else "adamw"
         return self.head_optimizer
-
-    def suits_full_head(self, n_labels: int, n_buckets: int, labels_a_sample: float) -> bool:
-        """Tell whether samples name one of so many labels that buckets stay mixtures, and a full head would be more accurate."""
-        most = max(n_buckets, MORE_BUCKETS * _usual_buckets(n_labels))
-        return self.table == "hashed" and labels_a_sample < ONE_LABEL and n_labels > MOST_MIXED * most
 
     def rates(self, n_samples: int, n_labels: int, n_outputs: int, labels_a_sample: float) -> Rates:
         """Resolve the peak step sizes for so many training samples and a head of so many outputs for K labels.
@@ -328,6 +341,11 @@ class Config:
 def _unmixed(n_labels: int, n_buckets: int, labels_a_sample: float) -> bool:
     """Tell whether a bucket stands for few enough labels to be learnt well, where most samples name but one."""
     return labels_a_sample < ONE_LABEL and n_labels <= MOST_MIXED * n_buckets
+
+
+def _are_many(n_labels: int) -> bool:
+    """Tell whether more buckets than usual still stand for too many labels each, where most samples name but one."""
+    return n_labels > FEW_MIXED * MORE_BUCKETS * _usual_buckets(n_labels)
 
 
 def _usual_buckets(n_labels: int) -> int:

@@ -92,9 +92,9 @@ def initial_parameters(
     for i in range(config.layers):
         parameters[f"layers.{i}.weight"] = normal(D, D, scale=0.5 / math.sqrt(D))
         parameters[f"layers.{i}.bias"] = torch.zeros(D, dtype=dtype)
-    if config.bottleneck:
-        parameters["bottleneck.weight"] = normal(D, config.bottleneck, scale=1 / math.sqrt(D))
-        D = config.bottleneck
+    if narrow_to := config.n_bottleneck(sizes.n_labels, B, sizes.labels_a_sample, D):
+        parameters["bottleneck.weight"] = normal(D, narrow_to, scale=1 / math.sqrt(D))
+        D = narrow_to
 
     def stored(drawn: Tensor) -> Tensor:
         return narrow(drawn.mul_(1 / math.sqrt(D)).to(dtype), storage)
@@ -134,7 +134,7 @@ class Packed:
             features, parameters[INPUT], is_hashed=config.feature_buckets > 0
         )  # takes the batches of its own kind, which checkers cannot know
         self.mlp = MLP(parameters)
-        self.bottleneck = Bottleneck(parameters["bottleneck.weight"]) if config.bottleneck else None
+        self.bottleneck = Bottleneck(parameters["bottleneck.weight"]) if "bottleneck.weight" in parameters else None
         chunk_bytes = config.head_memory << 20 or None
         self.head = LinearHead(
             parameters["head.weight"], parameters["head.bias"], chunk_bytes=chunk_bytes, in_float8=config.precision == "float8"

@@ -315,33 +315,6 @@ def test_flags_go_before_the_file(works, tiny, tmp_path):
     assert Run.open(tmp_path / "auto").finished() == list(range(8))
 
 
-@pytest.mark.parametrize(
-    ("n_labels", "flags", "is_advised"),
-    [
-        (70_000, [], True), (70_000, ["--buckets", "4096"], True), (70_000, ["--buckets", "8750"], False),
-        (65_000, [], False), (70_000, ["--table", "identity"], False),
-    ],
-)  # fmt: skip
-def test_train_advises_a_full_head_where_samples_name_one_of_very_many_labels(works, tmp_path, n_labels, flags, is_advised):
-    xc = xc_folder(tmp_path / "xc")
-    rows = "".join(f"{i % 4} {i % 5}:1\n" for i in range(20))
-    (xc / "train.txt").write_text(f"20 5 {n_labels}\n{rows}")
-    (xc / "test.txt").write_text(f"1 5 {n_labels}\n0 0:1\n")
-    printed = works("train", xc, "--out", tmp_path / "run", *SMALL[2:], *flags)
-    assert ("--table identity --bottleneck 64 (4.5 million products" in printed) == is_advised
-    if is_advised:
-        B = int(flags[1]) if flags else 2048
-        assert f"names 1.0 labels, and a bucket stands for {70_000 / B:.0f}," in printed
-        assert f"the ensemble {8 * B * 8 / 1e6:.1f})" in printed
-
-
-def test_train_advises_nothing_where_samples_name_several_labels(works, tmp_path):
-    xc = xc_folder(tmp_path / "xc")
-    (xc / "train.txt").write_text("20 5 70000\n" + "".join(f"{i % 4},7 {i % 5}:1\n" for i in range(20)))
-    (xc / "test.txt").write_text("1 5 70000\n0 0:1\n")
-    assert "--bottleneck" not in works("train", xc, "--out", tmp_path / "run", *SMALL[2:])
-
-
 def test_a_stopped_run_goes_on_to_the_same_bits(works, fails, mach, tiny, run, tmp_path, monkeypatch):
     train = ["train", tiny.path, "--out", tmp_path / "run", *SMALL, "--repetitions", "2", "--checkpoint-seconds", "0"]
 

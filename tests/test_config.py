@@ -43,7 +43,7 @@ configs = st.builds(
     head_precision=st.sampled_from(get_args(HeadPrecision)),
     head_optimizer=st.sampled_from(get_args(HeadOptimizer)),
     head_memory=st.integers(0, 1 << 20),
-    bottleneck=st.integers(0, 10**6),
+    bottleneck=st.integers(0, 10**6) | st.just("auto"),
     **{name: st.one_of(st.just(AUTO), st.integers(0, 9), st.floats(0, 1e30)) for name in REALS_OR_AUTO},
     **{name: st.one_of(st.just(0), st.floats(0, high)) for name, high in SHARES.items()},
     **{name: st.integers(1, 10**9) for name in ("repetitions", "hidden", "epochs", "batch_size")},
@@ -169,8 +169,8 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
         assert wish / math.sqrt(2) * (1 - 1e-12) <= buckets <= wish * math.sqrt(2) * (1 + 1e-12)
     else:
         assert wish * math.sqrt(2) > n_labels
-    more = min(n_labels, 4 * buckets)
-    assert Config().n_buckets(n_labels, 1.499) == (more if n_labels <= 8 * more else buckets)
+    more = min(n_labels, 4 * buckets) if n_labels <= 4 * 4 * buckets else -(-n_labels // 2)
+    assert Config().n_buckets(n_labels, 1.499) == (more if n_labels <= 10**6 else buckets)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +259,9 @@ def test_buckets_given_or_of_the_full_head():
     [
         ({}, 235_000, 1.5, 8),
         ({"buckets": 16_384}, 235_000, 1.5, 8),  # more are better there, whatever they cost
-        ({}, 235_000, 1.499, 8),  # too many labels a bucket for fewer to do
-        ({}, 58_727, 1.499, 2),  # of 8,192 buckets, as many in all as 8 of 2,048
+        ({}, 235_000, 1.499, 2),
+        ({}, 1_000_001, 1.499, 8),  # whose look-alikes are not learnt
+        ({}, 5783, 1.499, 2),  # of 2,048 buckets, as many in all as 8 of 512
         ({"buckets": 1024}, 5783, 1.0, 4),
         ({"buckets": 4096}, 58_727, 1.0, 8),
         ({"buckets": 64}, 58_727, 1.0, 8),
@@ -273,6 +274,33 @@ def test_buckets_given_or_of_the_full_head():
 )
 def test_repetitions_are_fewer_of_more_buckets_where_a_sample_has_about_one_label(settings, n_labels, labels, repetitions):
     assert Config(**settings).n_repetitions(n_labels, labels) == repetitions
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_labels", "n_outputs", "labels", "width"),
+    [
+        ({}, 58_727, 29_364, 1.499, 64),
+        ({}, 58_727, 29_363, 1.499, 0), ({}, 58_727, 29_364, 1.5, 0), ({}, 58_727, 58_727, 1, 64),
+        ({}, 5783, 5783, 1, 0), ({}, 8192, 8192, 1, 0), ({}, 1_000_000, 500_000, 1, 64), ({}, 1_000_002, 500_001, 1, 0),
+        ({"table": "identity"}, 58_727, 58_727, 1, 0), ({"table": "identity", "bottleneck": 7}, 58_727, 58_727, 1, 7),
+        ({"bottleneck": 0}, 58_727, 29_364, 1, 0), ({"bottleneck": 7}, 9, 9, 5, 7),
+    ],
+)  # fmt: skip
+def test_a_bottleneck_is_narrow_where_a_sample_has_about_one_of_many_labels(settings, n_labels, n_outputs, labels, width):
+    assert Config(**settings).n_bottleneck(n_labels, n_outputs, labels, 65) == width
+    assert Config(**settings).n_bottleneck(n_labels, n_outputs, labels, 64) == (0 if width == 64 else width)
+
+
+@pytest.mark.parametrize(("n_labels", "n_buckets"), [(58_727, 29_364), (234_908, 117_454)])
+def test_the_settings_where_a_sample_has_about_one_of_many_labels(n_labels, n_buckets):
+    """As measured in experiments/accuracy/buckets."""
+    config = Config()
+    assert (config.n_buckets(n_labels, 1.14), config.n_repetitions(n_labels, 1.14)) == (n_buckets, 2)
+    assert (config.n_bottleneck(n_labels, n_buckets, 1.14, 512), config.head_rule(n_labels, n_buckets, 1.14)) == (
+        64,
+        "rowwise-adam",
+    )
+    assert config.rates(240_000, n_labels, n_buckets, 1.14) == Rates(0.002, 0.03, 0.002)
 
 
 def test_the_head_learns_row_by_row_where_a_sample_has_about_one_label_and_a_bucket_few():

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mach.cli.arguments import Command, add_machine, plain_value
 from mach.cli.datasets import open_or_prepare
 from mach.cli.printing import is_first, repetitions_text, say
 from mach.config import AUTO, Config, load_config
 
-if TYPE_CHECKING:
-    from mach.data import Dataset
-
-BOTTLENECK = 64  # that is advised before a full head of many labels
 RERANK_SETTINGS = ("rerank", "rerank_cost", "rerank_weight")
 
 
@@ -68,8 +64,6 @@ def _train(args: argparse.Namespace) -> None:
     from mach.store import Run
 
     dataset = open_or_prepare(args.data, args.out)
-    if is_first():
-        _advise(config, dataset)
     train(
         config,
         dataset,
@@ -91,21 +85,6 @@ def _train(args: argparse.Namespace) -> None:
         f"{args.out}: {repetitions_text(len(records))}, {total[0]:,} parameters, {total[1]:,} bytes, {total[2]:.1f} s of training"
     )
     _say_reranker(args.out)
-
-
-def _advise(config: Config, dataset: Dataset) -> None:
-    """Say so where a full head would be the more accurate, and at what cost. See experiments/accuracy/buckets."""
-    from mach.store.folder import sizes_of
-
-    sizes = sizes_of(config, dataset)
-    K, B, labels = sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample
-    if config.suits_full_head(K, B, labels):
-        products = config.n_repetitions(K, labels) * B * sizes.hidden
-        say(
-            f"{dataset.path}: a sample names {labels:.1f} labels, and a bucket stands for {K / B:.0f}, which is hard to learn; "
-            f"the full head behind a bottleneck should be more accurate: --table identity --bottleneck {BOTTLENECK} "
-            f"({K * BOTTLENECK / 1e6:,.1f} million products a sample in the head, the ensemble {products / 1e6:,.1f})"
-        )
 
 
 TRAIN = Command("train", "Train an ensemble, or some of its repetitions, or the full head.", _train_arguments, _train)

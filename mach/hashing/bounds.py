@@ -107,22 +107,23 @@ def ensemble_cost(
     """
     _check(n_labels, n_buckets, n_repetitions)
     table, rule = table_bytes(n_labels, n_buckets, 1), settings.head_rule(n_labels, n_buckets, labels_a_sample)
-    one = _cost(n_buckets, hidden, n_features, layers, active_features, table, settings, rule, input_bytes)
+    narrow = settings.n_bottleneck(n_labels, n_buckets, labels_a_sample, hidden)
+    one = _cost(n_buckets, hidden, narrow, n_features, layers, active_features, table, settings, rule, input_bytes)
     return Cost(**{name: n_repetitions * value for name, value in dataclasses.asdict(one).items()})
 
 
 def full_cost(*, n_labels: int, hidden: int, n_features: int, layers: int = 0, active_features: int | None = None) -> Cost:
     """Count what the full head of K outputs over one such encoder costs: R = 1, B = K, and an identity table that is not held."""
-    return _cost(n_labels, hidden, n_features, layers, active_features, table=0, settings=FULL, rule="rowwise-adam")
+    return _cost(n_labels, hidden, 0, n_features, layers, active_features, table=0, settings=FULL, rule="rowwise-adam")
 
 
 def _cost(
-    n_buckets: int, hidden: int, n_features: int, layers: int, active: int | None, table: int, settings: Config,
+    n_buckets: int, hidden: int, narrow: int, n_features: int, layers: int, active: int | None, table: int, settings: Config,
     rule: HeadOptimizer, input_bytes: int = WEIGHT_BYTES,
 ) -> Cost:  # fmt: skip
-    """Count one encoder, one head and a table of so many bytes."""
-    width = settings.bottleneck or hidden
-    narrowing = hidden * settings.bottleneck
+    """Count one encoder, one head, behind a bottleneck unless `narrow` is 0, and a table of so many bytes."""
+    width = narrow or hidden
+    narrowing = hidden * narrow
     encoder, head = encoder_parameters(n_features, hidden, layers) + narrowing, head_parameters(n_buckets, width)
     head_bytes = HEAD_BYTES[settings.head_storage()] * n_buckets * width + WEIGHT_BYTES * n_buckets
     dense_bytes = WEIGHT_BYTES * (encoder - n_features * hidden)

@@ -79,7 +79,8 @@ def step_seconds(
     F = config.feature_buckets or sizes.n_features
     active = min(F, F if active_features is None else active_features)
     width, row = products.itemsize, resolve_rows(config, sizes.features, products).itemsize
-    dense = D * D * config.layers + D * config.bottleneck  # weights of the layers, one repetition
+    narrow = config.n_bottleneck(sizes.n_labels, B, sizes.labels_a_sample, D)
+    dense = D * D * config.layers + D * narrow  # weights of the layers, one repetition
     times = -(-N // (config.head_batch_size or N))
 
     def product(flops: float, n_bytes: float) -> float:
@@ -94,7 +95,7 @@ def step_seconds(
     copy = width if width < stored else 0
     rule = config.head_rule(sizes.n_labels, B, sizes.labels_a_sample)
     kept = 8 if rule == "adamw" else 0  # of each weight; row by row it is next to nothing
-    head = n * B * (config.bottleneck or D)
+    head = n * B * (narrow or D)
     return {
         "encoder": n * (rows / rates.bytes + product(6 * N * dense, 3 * width * dense)),
         "head forward": product(2 * N * head, times * min(stored, width) * head) + 3 * width * n * N * B / rates.bytes,

@@ -39,7 +39,7 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
     are learnt from: that is most where labels are many and a repetition is small.
     """
     F, B, D = config.feature_buckets or sizes.n_features, sizes.n_buckets, sizes.hidden
-    products, width = resolve_precision(config.precision, device), config.bottleneck or D
+    products, width = resolve_precision(config.precision, device), _bottleneck(config, sizes) or D
     one = ensemble_cost(
         n_labels=sizes.n_labels, n_buckets=B, n_repetitions=1, hidden=D, n_features=F, layers=config.layers, settings=config,
         labels_a_sample=sizes.labels_a_sample, input_bytes=resolve_rows(config, sizes.features, products).itemsize,
@@ -60,8 +60,9 @@ def group_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -
 def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) -> int:
     """Estimate what comes and goes with a step of n repetitions: hidden vectors of a batch, and what a chunk of buckets takes."""
     B, D, N = sizes.n_buckets, sizes.hidden, config.batch_size
-    products, width = resolve_precision(config.precision, device), config.bottleneck or D
-    hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + config.bottleneck * (8 + 2 * products.itemsize))
+    products, narrow = resolve_precision(config.precision, device), _bottleneck(config, sizes)
+    width = narrow or D
+    hidden = n * N * (D * (16 + (13 + products.itemsize) * config.layers) + narrow * (8 + 2 * products.itemsize))
     budget, samples = config.head_memory << 20 or linear.CHUNK_BYTES[device.type], config.head_batch_size or N
     chunk = min(budget, n * B * linear.bucket_bytes(samples, width, products=products))
     if config.precision == "float8":
@@ -69,6 +70,10 @@ def step_bytes(config: Config, sizes: Sizes, n: int, *, device: torch.device) ->
     drawn = 8 * min(DRAWN, B * width) if _storage(config) in NARROW else 0  # in float32, to be rounded
     by_torch = 16 * 4 * min(BLOCK, n * B * width) if device.type == "cuda" else 0
     return hidden + max(chunk + by_torch, drawn)
+
+
+def _bottleneck(config: Config, sizes: Sizes) -> int:
+    return config.n_bottleneck(sizes.n_labels, sizes.n_buckets, sizes.labels_a_sample, sizes.hidden)
 
 
 def _storage(config: Config) -> torch.dtype:
@@ -103,7 +108,7 @@ def _lower(config: Config, sizes: Sizes) -> dict[str, Any]:
         "hidden": max(1, sizes.hidden // 2),
         "batch_size": max(1, config.batch_size // 2),
     }
-    if config.table == "identity" and not config.bottleneck:
+    if config.table == "identity" and not _bottleneck(config, sizes):
         values["bottleneck"] = min(64, sizes.hidden // 2)
     if config.table == "hashed":
         values["buckets"] = max(2, sizes.n_buckets // 2)

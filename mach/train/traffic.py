@@ -6,7 +6,7 @@ Axes: N samples of the batch, D hidden width, V width of the head's input, P ran
 from __future__ import annotations
 
 from mach.comm import lengths_of
-from mach.config import Config
+from mach.config import AUTO, Config
 
 
 def gathered_bytes(lengths: list[int], row_bytes: int) -> int:
@@ -33,8 +33,9 @@ def step_bytes(
     Args: hidden, D; product_bytes, of a number of the products (2 for bfloat16); sum_bytes, of one of a sum.
     """
     lengths, D = lengths_of(n_samples, size), hidden
-    V = config.bottleneck or D
-    dense = D + config.layers * (D * D + D) + D * config.bottleneck + want_loss
+    narrow = 0 if config.bottleneck == AUTO else int(config.bottleneck)  # auto is none before a full head
+    V = narrow or D
+    dense = D + config.layers * (D * D + D) + D * narrow + want_loss
     return {
         "hidden vectors": gathered_bytes(lengths, V * product_bytes),
         "log-sum-exp": gathered_bytes([1] * size, n_samples * sum_bytes) if config.loss == "softmax" else 0,

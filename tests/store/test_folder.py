@@ -377,19 +377,37 @@ def test_the_data_decide_the_width(tiny, tmp_path, table, width):
     assert model.sizes.hidden == width and model.repetitions[0].parameters["input.weight"].shape[-1] == width
 
 
+def samples_of(path, n_labels, a_sample):
+    """Write 30 samples with so many of K labels each."""
+    rng = np.random.default_rng(0)
+    X, Y = sparse.random_array((30, 9), density=0.5, rng=rng), np.zeros((30, n_labels), np.float32)
+    for row in Y:
+        row[rng.choice(n_labels, a_sample, replace=False)] = 1
+    return write_dataset(path, {"train": (X, Y)})
+
+
 @pytest.mark.parametrize(("labels", "buckets", "repetitions"), [(1, 1024, 2), (3, 256, 8)])
 def test_the_data_decide_buckets_and_repetitions(tmp_path, labels, buckets, repetitions):
-    """Of 2,000 labels."""
-    rng = np.random.default_rng(0)
-    X, Y = sparse.random_array((30, 9), density=0.5, rng=rng), np.zeros((30, 2000), np.float32)
-    for row in Y:
-        row[rng.choice(2000, labels, replace=False)] = 1
-    dataset = write_dataset(tmp_path / "data", {"train": (X, Y)})
+    dataset = samples_of(tmp_path / "data", 2000, labels)
     run = Run.create(tmp_path / "run", Config(), dataset)
     assert (run.sizes.n_buckets, run.config.repetitions, run.config.buckets) == (buckets, repetitions, "auto")
     for asked, there in ((11, 11), (3, 11), ("auto", 11)):
         again = Run.create(tmp_path / "run", Config(repetitions=asked), dataset)
         assert (again.config.repetitions, again.manifest["key"]) == (there, run.manifest["key"])
+
+
+@pytest.mark.parametrize(("labels", "width", "buckets"), [(1, 64, 20_000), (3, None, 2048)])
+def test_the_data_decide_the_bottleneck(tmp_path, labels, width, buckets):
+    """That is narrow before the many buckets of many labels, of which samples have one each."""
+    dataset = samples_of(tmp_path / "data", 40_000, labels)
+    config = Config(hidden=65, epochs=1, rerank=0, grouped=0, batch_size=8)
+    train(config, dataset, tmp_path / "run", repetitions=[0], device="cpu", workers=1)
+    weights = load_file(Run.open(tmp_path / "run").weights_path(0))
+    assert weights["head.weight"].shape == (buckets, width or 65)
+    assert ("bottleneck.weight" in weights) == (width is not None)
+    train(config, dataset, tmp_path / "run", device="cpu", workers=1)
+    found = load(tmp_path / "run", device="cpu").predict_topk(dataset.split("train").features, 3)
+    assert found.labels.shape == (30, 3)
 
 
 def test_a_run_of_before_widths_were_decided_by_the_data_is_read(run):

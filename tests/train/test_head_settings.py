@@ -102,7 +102,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_is_read_back(tiny, tmp_path,
     for r in numbers:
         whole, cut = (load_file(Run.open(tmp_path / name).weights_path(r)) for name in ("whole", "cut"))
         assert all(torch.equal(whole[name].view(torch.uint8), cut[name].view(torch.uint8)) for name in whole)
-        assert cut["head.weight"].dtype == stored and cut["head.weight"].shape[1] == (config.bottleneck or config.hidden)
+        assert cut["head.weight"].dtype == stored and cut["head.weight"].shape[1] == settings.get("bottleneck", config.hidden)
         assert {cut[name].dtype for name in cut if name not in ("head.weight", INPUT)} == {torch.float32}
     features = tiny.split("test").features
     again = load(tmp_path / "cut", device="cpu")

@@ -79,7 +79,7 @@ def train_reference(config, sizes, X_NF, Y_NK, table_K, number, n_steps, is_touc
         h = drop(torch.relu(torch.from_numpy(X[rows]) @ leaves[INPUT] + leaves["input.bias"]))
         for i in range(config.layers):
             h = h + drop(torch.relu(h @ leaves[f"layers.{i}.weight"] + leaves[f"layers.{i}.bias"]))
-        h = h @ leaves["bottleneck.weight"] if config.bottleneck else h
+        h = h @ leaves["bottleneck.weight"] if "bottleneck.weight" in leaves else h
         share, value, gradient_h = rate_at(step, n_epochs * per_epoch, config.warmup), 0.0, torch.zeros_like(h)
         size = config.head_batch_size or len(rows)
         for start in range(0, len(rows), size):
