@@ -30,8 +30,8 @@ MANY_SAMPLES = 50_000  # too many for a repetition to learn by heart: see experi
 MANY_LABELS = 2.0  # a sample, from which labels that look alike go together, and one bucket cannot tell them apart
 REPETITIONS, LEAST_REPETITIONS = 8, 2
 ONE_LABEL = 1.5  # a sample, below which most name but one, and a bucket of many rare ones is a mixture that is hard to learn
-MORE_BUCKETS, FEW_MIXED = 4, 4  # times, there, if a bucket then has at most 4 labels: see experiments/accuracy/buckets
-SHARED, BOTTLENECK = 2, 64  # labels a bucket where it would have more, and the width before such a head
+MORE_BUCKETS, FEW_LABELS = 4, 16_384  # times, there, up to so many labels, 4 a bucket: see experiments/accuracy/buckets
+SHARED, BOTTLENECK = 2, 64  # labels a bucket where there are more, and the width before such a head
 MOST_MIXED = 8  # labels a bucket, there, for fewer repetitions than 8, row by row
 MOST_GROUPED = 1_000_000  # labels, whose directions take 2 GB: see mach/hashing/grouping.py
 HEAD_RATES = {"sgd": 3.0, "rowwise-adagrad": 0.05}  # what is not here goes by learning_rate
@@ -69,7 +69,7 @@ class Config:
     buckets: int | Literal["auto"] = _setting(
         AUTO,
         "B, buckets of a repetition; auto: the power of two nearest to 8 sqrt(K); where a training sample has fewer than 1.5 "
-        "labels, of at most a million, four times as many, or, if a bucket then had more than 4 labels, K/2",
+        "labels, of up to 16,384 four times as many, of up to a million K/2",
         2,
     )
     repetitions: int | Literal["auto"] = _setting(
@@ -89,8 +89,8 @@ class Config:
     )
     bottleneck: int | Literal["auto"] = _setting(
         AUTO,
-        "width of a linear layer between hidden vector and head, which is then so wide; 0: none; auto: 64 where buckets=auto is "
-        "K/2 and there are so many, else none",
+        "width of a linear layer between hidden vector and head, which is then so wide; 0: none; auto: 64 where there are K/2 "
+        "buckets or more, of 16,385 to a million labels, and a training sample has fewer than 1.5, else none",
         0,
     )
     normalize: bool = _setting(True, "scale every sample's features to Euclidean length 1")
@@ -228,7 +228,7 @@ class Config:
         if self.buckets == AUTO:
             usual = _usual_buckets(n_labels)
             if labels_a_sample < ONE_LABEL and n_labels <= MOST_GROUPED:
-                usual = -(-n_labels // SHARED) if _are_many(n_labels) else MORE_BUCKETS * usual
+                usual = MORE_BUCKETS * usual if n_labels <= FEW_LABELS else -(-n_labels // SHARED)
             return max(2, min(n_labels, usual))
         buckets = int(self.buckets)
         if buckets > n_labels:
@@ -248,8 +248,8 @@ class Config:
         """
         if self.bottleneck != AUTO:
             return int(self.bottleneck)
-        is_fine = self.table == "hashed" and labels_a_sample < ONE_LABEL and n_labels <= SHARED * n_outputs
-        return BOTTLENECK if is_fine and n_labels <= MOST_GROUPED and _are_many(n_labels) and hidden > BOTTLENECK else 0
+        are_many = labels_a_sample < ONE_LABEL and FEW_LABELS < n_labels <= min(MOST_GROUPED, SHARED * n_outputs)
+        return BOTTLENECK if self.table == "hashed" and are_many and hidden > BOTTLENECK else 0
 
     def share_dropped(self, n_samples: int) -> float:
         """Resolve the share of the hidden vector that is dropped while so many samples are trained on."""
@@ -341,11 +341,6 @@ class Config:
 def _unmixed(n_labels: int, n_buckets: int, labels_a_sample: float) -> bool:
     """Tell whether a bucket stands for few enough labels to be learnt well, where most samples name but one."""
     return labels_a_sample < ONE_LABEL and n_labels <= MOST_MIXED * n_buckets
-
-
-def _are_many(n_labels: int) -> bool:
-    """Tell whether more buckets than usual still stand for too many labels each, where most samples name but one."""
-    return n_labels > FEW_MIXED * MORE_BUCKETS * _usual_buckets(n_labels)
 
 
 def _usual_buckets(n_labels: int) -> int:

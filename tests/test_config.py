@@ -169,7 +169,7 @@ def test_automatic_buckets_are_the_power_of_two_nearest_to_8_sqrt_k(n_labels):
         assert wish / math.sqrt(2) * (1 - 1e-12) <= buckets <= wish * math.sqrt(2) * (1 + 1e-12)
     else:
         assert wish * math.sqrt(2) > n_labels
-    more = min(n_labels, 4 * buckets) if n_labels <= 4 * 4 * buckets else -(-n_labels // 2)
+    more = min(n_labels, 4 * buckets) if n_labels <= 4 * 4 * buckets else -(-n_labels // 2)  # which is up to 16,384
     assert Config().n_buckets(n_labels, 1.499) == (more if n_labels <= 10**6 else buckets)
 
 
@@ -281,7 +281,7 @@ def test_repetitions_are_fewer_of_more_buckets_where_a_sample_has_about_one_labe
     [
         ({}, 58_727, 29_364, 1.499, 64),
         ({}, 58_727, 29_363, 1.499, 0), ({}, 58_727, 29_364, 1.5, 0), ({}, 58_727, 58_727, 1, 64),
-        ({}, 5783, 5783, 1, 0), ({}, 8192, 8192, 1, 0), ({}, 1_000_000, 500_000, 1, 64), ({}, 1_000_002, 500_001, 1, 0),
+        ({}, 5783, 5783, 1, 0), ({}, 16_384, 16_384, 1, 0), ({}, 1_000_000, 500_000, 1, 64), ({}, 1_000_002, 500_001, 1, 0),
         ({"table": "identity"}, 58_727, 58_727, 1, 0), ({"table": "identity", "bottleneck": 7}, 58_727, 58_727, 1, 7),
         ({"bottleneck": 0}, 58_727, 29_364, 1, 0), ({"bottleneck": 7}, 9, 9, 5, 7),
     ],
