@@ -226,10 +226,10 @@ class Config:
         if self.table == "identity":
             return n_labels
         if self.buckets == AUTO:
-            usual = _usual_buckets(n_labels)
+            wanted = _usual_buckets(n_labels)
             if labels_a_sample < ONE_LABEL and n_labels <= MOST_GROUPED:
-                usual = MORE_BUCKETS * usual if n_labels <= FEW_LABELS else -(-n_labels // SHARED)
-            return max(2, min(n_labels, usual))
+                wanted = MORE_BUCKETS * wanted if n_labels <= FEW_LABELS else -(-n_labels // SHARED)
+            return max(2, min(n_labels, wanted))
         buckets = int(self.buckets)
         if buckets > n_labels:
             raise ConfigError(f"buckets={buckets} must lie in [2, {n_labels}], the number of labels of this data set")
